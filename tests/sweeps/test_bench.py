@@ -1,4 +1,4 @@
-"""Bench: what it reports is consistent, and what cannot be measured is refused. No times are asserted."""
+"""Bench: its figures are consistent, and unmeasurable models are refused. No times are asserted."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def test_folders_and_gguf_files_are_measured_in_turns(tmp_path: Path) -> None:
     assert "1.00×" in str(found)
 
 
-def test_tokens_per_second_are_those_of_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call takes a second by this clock: eight tokens of the prompt, then one token at a time."""
+def test_tokens_per_second_follow_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By this clock every call takes a second: eight prompt tokens, then one token at a time."""
     ticks = iter(range(1000))
     monkeypatch.setattr("coprune.sweeps.generation_speed.time.perf_counter", lambda: float(next(ticks)))
     (row,) = bench(save_pico(tmp_path / "model", num_hidden_layers=1), **SHORT).rows
     assert (row.prefill.median, row.decode.median) == (8.0, 1.0)
 
 
-def test_a_busy_machine_is_measured_by_the_processors_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_machine_is_measured_by_cpu_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked, own = save_pico(tmp_path / "model", num_hidden_layers=1), list[float](), time.process_time
 
     def noted() -> float:
@@ -80,7 +80,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off", "incomplete", "of another kind"])
-def test_a_folder_that_is_no_whole_language_model_is_refused(damage: str, tmp_path: Path) -> None:
+def test_a_folder_without_a_complete_language_model_is_refused(damage: str, tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "pico")
     file, *_ = sorted(folder.glob("*.safetensors"))
     config, index = folder / "config.json", folder / "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""From a file or script to its runs: every combination once, each with a folder and a command of its own."""
+"""Expansion of a file or script to runs: every combination once, each with its own folder and command."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_first_list_is_outermost() -> None:
     ]
 
 
-def test_zipped_lists_go_in_step() -> None:
+def test_zipped_lists_advance_together() -> None:
     runs = runs_of(
         nsamples=[8, 16], method=["wanda", "magnitude"], seqlen=[32, 64], sweep={"zip": ["nsamples", "seqlen"]}
     )
@@ -92,7 +92,7 @@ def test_zipped_lists_go_in_step() -> None:
     assert found == [(8, 32, "wanda"), (8, 32, "magnitude"), (16, 64, "wanda"), (16, 64, "magnitude")]
 
 
-def test_runs_are_left_out_and_added() -> None:
+def test_runs_can_be_excluded_and_included() -> None:
     rules = {
         "exclude": [{"method": "magnitude", "pattern": ["2:4", "4:8"]}],
         "include": [{"method": "sparsegpt", "pattern": "2:4", "options": {"block_size": 64}}],
@@ -102,13 +102,13 @@ def test_runs_are_left_out_and_added() -> None:
     assert found == [*kept, "sparsegpt/2-4_block_size-64"]
 
 
-def test_a_field_that_is_a_list_itself_has_a_list_of_lists() -> None:
+def test_a_list_setting_takes_a_list_of_lists() -> None:
     runs = runs_of(refine=[[], ["refit"], ["swaps", "refit"]])
     assert [run.recipe.setting("refine") for run in runs] == [(), ("refit",), ("swaps", "refit")]
     assert [run.recipe.setting("refine") for run in runs_of(refine=["swaps", "refit"])] == [("swaps", "refit")]
 
 
-def test_a_sweep_takes_the_wanda_repositorys_words() -> None:
+def test_a_sweep_accepts_the_wanda_repositorys_names() -> None:
     own = {
         "nsamples": [32, 128],
         "method": ["wanda", "magnitude"],
@@ -154,7 +154,7 @@ def test_an_option_of_the_method_may_have_a_list() -> None:
     assert [run.recipe.prune.method.options["damping"] for run in runs] == [0.1, 0.1]
 
 
-def test_a_method_that_is_typed_has_no_options_of_another() -> None:
+def test_a_method_from_the_command_line_drops_options_of_another() -> None:
     sweep = Sweep.make(PLAIN | {"method": "sparsegpt:block_size=64"})
     for typed, expected in (("wanda", "wanda"), ("sparsegpt", "sparsegpt:block_size=64"), ("admm:rho=2", "admm:rho=2")):
         assert [str(run.recipe.prune.method) for run in expand(sweep.with_settings({"method": typed}))] == [expected]
@@ -164,7 +164,7 @@ def test_a_method_that_is_typed_has_no_options_of_another() -> None:
     ]
 
 
-def test_an_included_method_has_options_of_its_own() -> None:
+def test_an_included_method_has_its_own_options() -> None:
     listed = ["sparsegpt:block_size=64", "sparsegpt:block_size=128"]
     found = runs_of(method=listed, sweep={"include": [{"method": "ablate_mag_seq"}]})
     assert [run.recipe.prune.method.options for run in found] == [{"block_size": 64}, {"block_size": 128}, {}]
@@ -193,7 +193,7 @@ def test_an_exclusion_may_list_methods_with_their_options() -> None:
         runs_of(**lists, sweep={"exclude": [{"method": ["wanda", "sparsegpt:block_size=32"]}]})
 
 
-def test_models_of_one_name_get_folders_of_their_own() -> None:
+def test_models_with_equal_names_get_separate_folders() -> None:
     models = ["out/wanda/model", "out/alps/model", "hub/other", "out/more/alps/model"]
     own = ["model", "alps-model", "other", "more-alps-model"]
     assert names(model=models) == own
@@ -201,7 +201,7 @@ def test_models_of_one_name_get_folders_of_their_own() -> None:
     assert names(model=models[:1], sweep={"include": [{"model": models[1]}]}) == own[:2]
 
 
-def test_logged_items_go_to_folders_of_their_own() -> None:
+def test_logged_items_go_to_separate_folders() -> None:
     found = runs_of(seed=[0, 1], tasks="boolq", log_samples="out/items")
     assert [run.recipe.evaluate.tasks.log_samples for run in found] == [
         Path("out/items/seed-0"),
@@ -209,13 +209,13 @@ def test_logged_items_go_to_folders_of_their_own() -> None:
     ]
 
 
-def test_the_folder_may_be_in_ones_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_may_be_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (run,) = runs_of(save="~/out", save_model="~/models")
     assert (run.recipe.run_folder, run.recipe.output.model) == (tmp_path / "out" / "wanda", tmp_path / "models")
 
 
-def test_folders_are_named_by_settings_under_any_name() -> None:
+def test_folders_may_use_settings_by_any_name() -> None:
     flat, placed = ({"folders": name} for name in ("{nsamples}/{method}", "{nsamples}/{prune_method}"))
     data = {"nsamples": [32, 128], "method": ["wanda", "magnitude"]}
     assert names(**data, sweep=flat) == names(**data, sweep=placed)
@@ -265,7 +265,7 @@ def test_invalid_sweeps_are_refused_with_the_reason(data: dict[str, Any], messag
         runs_of(**data)
 
 
-def test_numbers_of_numpy_paths_and_other_sequences_are_taken() -> None:
+def test_numpy_numbers_paths_and_other_sequences_are_accepted() -> None:
     told = {"model": Path("a"), "sparsity": list(np.linspace(0.5, 0.7, 3)), "seed": range(2), "nsamples": (4, 8)}
     plain = {"model": "a", "sparsity": [0.5, 0.6, 0.7], "seed": [0, 1], "nsamples": [4, 8]}
     sweep = Sweep.make(PLAIN | told).with_settings({"nsamples": np.int64(2), "save": Path("out/y")})
@@ -289,7 +289,7 @@ def test_a_sweep_round_trips_through_its_file(tmp_path: Path) -> None:
     assert expand(Sweep.read(tmp_path / "sweep.yaml")) == expand(sweep)
 
 
-def test_a_file_without_a_folder_gets_one_of_its_name(tmp_path: Path) -> None:
+def test_a_file_without_a_folder_gets_one_named_after_it(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: pico\n", encoding="utf-8")
     assert Sweep.read(tmp_path / "mine.yaml").folder == Path("out/mine")
 
@@ -331,7 +331,7 @@ def test_a_dry_run_lists_commands_and_touches_nothing(
         (["--script", "llama-7b", "--dry-run", "--block-size=64"], "No such option"),
     ],
 )
-def test_a_command_that_cannot_be_is_refused(
+def test_invalid_sweep_commands_are_refused(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

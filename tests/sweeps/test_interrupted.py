@@ -1,4 +1,4 @@
-"""Worker processes that are killed, runs that fail, sweeps that are interrupted: nothing is lost, nothing done twice."""
+"""Killed workers, failed runs and interrupted sweeps: nothing is lost or done twice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(place: Path) -> No
     workers.at_once = 2
 
     def kill() -> None:
-        while not (written := list(place.glob("models/.*.partial/model-*.safetensors"))):  # the blocks that are done
+        while not (written := list(place.glob("models/.*.partial/model-*.safetensors"))):  # finished blocks
             if ended.wait(0.001):
                 return
         worker = min(active_children(), key=lambda child: child.name)
@@ -69,7 +69,9 @@ def test_a_sweep_continues_past_failures_and_reports_them(
     (place / "table.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     ended = run_command(["sweep", "table.yaml", "--workers", "1", "--threads", "1"], monkeypatch, capsys)
     assert ended.code == 2
-    lines = [line for line in ended.err.splitlines() if not line.startswith("Runs:")]  # the bar of a slow machine
+    lines = [
+        line for line in ended.err.splitlines() if not line.startswith("Runs:")
+    ]  # without the progress bar of a slow machine
     assert Counter(line.split()[0] for line in lines) == {"done": 2, "failed": 2, "coprune:": 1}
     assert "2 of 4 runs failed" in lines[-1]
     rows = list(csv.DictReader((place / "out/results.csv").open(encoding="utf-8")))
@@ -97,7 +99,7 @@ def test_an_interrupted_sweep_resumes(
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+        os.killpg(process.pid, signal.SIGINT)  # like a terminal
         _, err = process.communicate(timeout=120)
     finally:
         process.kill()
@@ -118,7 +120,7 @@ def test_an_interrupted_sweep_resumes(
     assert "in 2 sessions" in again.out
 
 
-def test_a_run_that_no_machine_has_the_memory_for_is_not_started(
+def test_a_run_too_large_for_every_machine_is_not_started(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pool, "available_bytes", lambda: 10_000)

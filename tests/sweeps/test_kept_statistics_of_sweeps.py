@@ -1,4 +1,4 @@
-"""Statistics that the runs of a sweep have in common are gathered once, and change nothing, to the last bit."""
+"""Statistics shared by a sweep's runs are gathered once and change no bit of the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "prompt": "",
     "save_model": "models",
 }
-# Calls of blocks: of two batches that cross three blocks, which are idle while they are recorded.
+# Calls of blocks for two batches and three blocks, which are idle while batches are recorded.
 RECORDING, ONE_PASS, FIRST_BLOCK, NOT_LAST = 6, 6, 2, 4
 
 
@@ -46,7 +46,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often blocks were called while a run pruned, by the run's folder."""
+    """Count the calls of blocks during pruning, by run folder."""
     counted = Counter[str]()
     prune = steps_prune.prune_blocks
 
@@ -66,7 +66,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, float]:
-    """Do runs one after another in this process; the seconds of gathering that each took over."""
+    """Execute runs in order in this process; return the seconds of gathering that each one saved."""
     ended = {run.name: do_job(RunJob(run, "run", sweep.folder, THREADS)) for run in runs}
     assert {one.cause for one in ended.values()} == {None}, ended
     return {name: one.value["statistics"] for name, one in ended.items()}
@@ -98,20 +98,20 @@ def test_every_method_has_the_numbers_of_separate_runs(
             assert times[first] == RECORDING + ONE_PASS
             assert times[second] == 0
         else:
-            # The first block is only run again with its pruned weights.
+            # The first block only runs again with its pruned weights.
             assert times[first] == 2 * RECORDING + ONE_PASS + NOT_LAST
             assert times[second] == RECORDING + ONE_PASS + NOT_LAST - FIRST_BLOCK
-    # Of every kind of statistic one file per block.
+    # One file per block and kind of statistic.
     assert len(kept(place)) == (9 if propagation == "dense" else 3)
     ledger = Ledger(wall=[1.0], saved={name: {"statistics": 1000 * seconds} for name, seconds in saved.items()})
     assert "s of gathering statistics" in ledger.line()
-    for name in ("wanda/2-4", "sparsegpt/unstructured", "sparsegpt/2-4"):  # that took over, that kept, or both
+    for name in ("wanda/2-4", "sparsegpt/unstructured", "sparsegpt/2-4"):  # runs that reused or stored statistics
         assert_as_alone(next(run for run in runs if run.name == name), place)
 
 
 @pytest.fixture(scope="module")
 def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place in which the first of two runs is done, and the second by itself."""
+    """Return a folder with the first of two runs done, and the second one done separately."""
     folder = make_place(tmp_path_factory.mktemp("gathered"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -122,7 +122,7 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut off", "removed"])
-def test_a_damaged_file_is_gathered_anew(
+def test_damaged_statistics_are_gathered_again(
     damage: str, gathered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forwards: Counter[str]
 ) -> None:
     place = tmp_path / "place"
@@ -147,9 +147,7 @@ def test_a_damaged_file_is_gathered_anew(
     assert_as_alone(runs[1], place)
 
 
-def test_a_disk_without_room_keeps_nothing(
-    place: Path, forwards: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_stores_no_statistics(place: Path, forwards: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_statistics, "SPARE", 10**12)
     sweep, runs = pico_sweep(method=["sparsegpt"], propagation="dense", **SETTINGS)
     assert set(do_here(sweep, runs).values()) == {0}
@@ -159,7 +157,7 @@ def test_a_disk_without_room_keeps_nothing(
 
 @pytest.mark.slow
 def test_shared_statistics_cover_experts_with_few_tokens_and_the_head(place: Path, forwards: Counter[str]) -> None:
-    """So few tokens that experts lean on their layer's average, which comes of all of them."""
+    """With few tokens, experts use their layer's average over all of them."""
     save_pico(place / "mixtral", "mixtral", tie_word_embeddings=False)
     settings = SETTINGS | {"nsamples": 2, "seqlen": 16, "batch_size": 1}
     sweep, runs = pico_sweep(
@@ -174,7 +172,7 @@ def test_shared_statistics_cover_experts_with_few_tokens_and_the_head(place: Pat
     assert report.matrices[-1].name == "lm_head"
 
 
-def test_other_matrices_samples_or_batches_are_gathered_for_themselves(place: Path, forwards: Counter[str]) -> None:
+def test_other_matrices_samples_or_batches_share_no_statistics(place: Path, forwards: Counter[str]) -> None:
     changes: list[dict[str, Any]] = [{}, {"seed": 1}, {"exclude": ["*.v_proj"]}, {"batch_size": 1}]
     for number, change in enumerate(changes):
         sweep, runs = pico_sweep(**{**SETTINGS, "pattern": "2:4", "propagation": "dense", "save_model": None, **change})

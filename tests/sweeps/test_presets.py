@@ -1,4 +1,4 @@
-"""Presets in a sweep: listed like methods, and named in folders and tables."""
+"""Presets in a sweep: listed like methods, and shown in folders and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep on a Ray cluster of this machine: the same numbers, also when a task's process is killed."""
+"""A sweep on a local Ray cluster gives the same numbers, even if a task's process is killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytest.importorskip("ray")
 
 
 def kill_a_task(name: str) -> bool:
-    """Kill the process that does the task of this name, as Ray titles it; whether there was one."""
+    """Kill the process of the task with this name, as titled by Ray; return whether there was one."""
     for process in os.listdir("/proc"):
         try:
             with open(f"/proc/{process}/cmdline", encoding="utf-8") as file:
@@ -64,7 +64,7 @@ def test_a_ray_cluster_gives_the_same_numbers_and_survives_a_killed_worker(
 
 
 @pytest.mark.slow
-def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
+def test_an_address_without_a_cluster_is_refused_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # not listening
         with pytest.raises(BadInput, match="no Ray cluster answers"):

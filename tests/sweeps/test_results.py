@@ -1,4 +1,4 @@
-"""Tables in the papers' layout, rows for other programs, the page, and what `report` and `compare` make of a sweep."""
+"""A sweep's tables in the papers' layout, rows for other programs, its page, and `report` and `compare` on it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RULES = {"exclude": [{"method": "magnitude", "seed": 1}], "include": [{"method":
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished sweep, but for one run, in a folder."""
+    """Return a sweep finished except for one run."""
     folder = make_place(tmp_path_factory.mktemp("place"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -106,7 +106,7 @@ def test_every_task_has_its_scores_with_standard_errors(here: tuple[Sweep, list[
     assert (row["mean accuracy"], row["mean accuracy ±"]) == (0.5, 0.03)
 
 
-def test_a_preset_is_told_beside_its_method(here: tuple[Sweep, list[Run], dict[str, Report]], tmp_path: Path) -> None:
+def test_a_preset_is_shown_beside_its_method(here: tuple[Sweep, list[Run], dict[str, Report]], tmp_path: Path) -> None:
     sweep, runs, reports = here
     named = Sweep.make({**sweep.settings, "preset": ["fast"], "save": str(tmp_path)})
     runs = [replace(run, preset="fast" if run.recipe.prune.method.name == "wanda" else None) for run in runs]
@@ -118,7 +118,7 @@ def test_a_preset_is_told_beside_its_method(here: tuple[Sweep, list[Run], dict[s
     assert told == [(run.recipe.prune.method.name, run.preset or "") for run in runs]
 
 
-def test_the_page_and_the_rows_tell_what_is_done(
+def test_the_page_and_the_rows_show_the_finished_runs(
     here: tuple[Sweep, list[Run], dict[str, Report]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -138,7 +138,7 @@ def test_the_page_and_the_rows_tell_what_is_done(
     assert "wanda, nsamples 8" in page
 
 
-def test_compare_takes_a_sweep_that_has_moved(
+def test_compare_accepts_a_moved_sweep(
     here: tuple[Sweep, list[Run], dict[str, Report]],
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,7 +155,7 @@ def test_compare_takes_a_sweep_that_has_moved(
     assert rows[1].startswith("model,")
 
 
-def test_names_in_tables_steer_no_terminal(
+def test_names_in_tables_cannot_control_the_terminal(
     here: tuple[Sweep, list[Run], dict[str, Report]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -167,7 +167,7 @@ def test_names_in_tables_steer_no_terminal(
     assert capsys.readouterr().out.count("[/bold]\\x1b[2J") == 4
 
 
-def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
+def test_training_runs_finish_with_their_training_and_show_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(make_place(tmp_path))
@@ -180,7 +180,7 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
             prune_and_train(run)
     assert finished_report(run.recipe) is None
     Path("out/sweep.yaml").write_text(sweep.to_yaml(), encoding="utf-8")
-    with pytest.raises(BadInput, match="no run of the sweep in out is finished"):  # on its page, and to compare
+    with pytest.raises(BadInput, match="no run of the sweep in out is finished"):  # for its page, and for comparing
         read_finished(Path("out"))
     prune_and_train(run)
     assert list(read_finished(Path("out"))[2]) == ["wanda"]
@@ -198,7 +198,7 @@ def test_runs_that_train_are_finished_when_the_training_is_and_give_its_figures(
         finished_report(run.recipe.replaced(seed=1))
 
 
-def test_a_sweep_ends_with_3_where_a_run_is_not_as_required(
+def test_a_sweep_exits_with_3_if_a_run_misses_its_requirements(
     here: tuple[Sweep, list[Run], dict[str, Report]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep, runs, reports = here

@@ -1,4 +1,4 @@
-"""What runs take over from each other changes nothing, to the last bit."""
+"""Results shared between runs change no bit."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def do_here(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
-    """Do runs one after another in this process, as one worker would; the outcome of each."""
+    """Execute runs in order in this process, like one worker; return their outcomes."""
     return {run.name: do_job(RunJob(run, "run", sweep.folder, THREADS)) for run in runs}
 
 
 def counted_measurements(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often which model is measured from now on."""
+    """Count the measurements of each model from now on."""
     times, measure = Counter[str](), run_stages.measure
 
     def counting(run: context.Run, which: str, name: str) -> Any:
@@ -77,7 +77,7 @@ def test_sharing_equals_not_sharing_bit_for_bit(stream: bool, place: Path, monke
 
 
 @pytest.mark.parametrize("halves", sampled([TRAINED, CUT], quick=[CUT]))
-def test_runs_of_two_halves_share_what_is_of_the_source(
+def test_runs_of_two_steps_share_measurements_of_the_source(
     halves: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, runs = pico_sweep(method=["wanda", "magnitude"], eval_tokens=320, **halves)
@@ -92,7 +92,7 @@ def test_runs_of_two_halves_share_what_is_of_the_source(
         assert shared.finetuned.perplexity == separate.finetuned.perplexity
 
 
-def test_every_run_logs_the_items_of_both_its_models(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_run_logs_the_items_of_both_models(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("TASK_DATA", str(word_items(place / "data")))
     asked = {"tasks": "piqa", "limit": 3, "include_path": str(DEFINITIONS), "log_samples": "items", "evaluate": False}
@@ -103,7 +103,7 @@ def test_every_run_logs_the_items_of_both_its_models(place: Path, monkeypatch: p
     assert logged == {f"{run}/{model}/piqa.jsonl" for run in ("wanda", "magnitude") for model in ("dense", "pruned")}
 
 
-def test_another_text_or_model_is_measured_anew(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_text_or_model_is_measured_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_place(place / "other")
     sweep, runs = pico_sweep(eval_data=["test.txt", "words.txt"], eval_tokens=320)
     assert {one.cause for one in do_here(sweep, runs).values()} == {None}
@@ -111,7 +111,7 @@ def test_another_text_or_model_is_measured_anew(place: Path, monkeypatch: pytest
     assert first.dense != second.dense
     text = (place / "test.txt").read_text()
     (place / "test.txt").write_text(" ".join(reversed(text.split())))
-    monkeypatch.setattr(job, "_texts", {})  # as a new process has none
+    monkeypatch.setattr(job, "_texts", {})  # as in a new process
     sweep, runs = pico_sweep(method="magnitude", eval_data=["test.txt"], save="out2", eval_tokens=320)
     sweep = sweep.with_settings({"save": "out"})
     do_here(sweep, runs)
@@ -119,7 +119,7 @@ def test_another_text_or_model_is_measured_anew(place: Path, monkeypatch: pytest
     assert changed.dense not in (first.dense, second.dense)
 
 
-def test_a_run_that_is_done_is_not_done_again(place: Path) -> None:
+def test_a_finished_run_is_not_repeated(place: Path) -> None:
     sweep, runs = pico_sweep(method=["magnitude"])
     do_here(sweep, runs)
     before = (place / "out/magnitude/report.json").stat().st_mtime_ns
@@ -136,7 +136,7 @@ def test_another_run_in_the_folder_is_refused(place: Path) -> None:
     assert "nsamples was 4 and is 5" in event.text
 
 
-def test_nothing_is_pruned_for_a_training_without_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_cannot_fit_is_refused_before_pruning(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "room_on", lambda device, memory: (1000, "of memory"))
     sweep, (run,) = pico_sweep(method=["wanda"], evaluate=False, **TRAINED | {"check_memory": True})
     event = do_here(sweep, [run])["wanda"]
@@ -145,7 +145,7 @@ def test_nothing_is_pruned_for_a_training_without_room(place: Path, monkeypatch:
     assert not run.recipe.run_folder.exists()
 
 
-def test_a_training_has_the_memory_that_the_pruned_model_took(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_may_use_the_memory_of_the_pruned_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = list[weakref.ref[Any]]()
 
     def noted(*asked: Any) -> Any:

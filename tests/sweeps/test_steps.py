@@ -1,4 +1,4 @@
-"""A registered step in a sweep: lists of its settings multiply, equal beginnings are made once, and what is done is found."""
+"""A registered step in a sweep: its lists multiply, shared first steps are done once, and finished results are reused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def do(*steps: dict[str, Any], **changes: Any) -> SweepResult:
 
 
 def written(folder: Path) -> dict[str, int]:
-    """The models and reports that were written there, and when."""
+    """Return the models and reports in a folder with their times."""
     found = [*folder.rglob("*.safetensors"), *folder.rglob("report.json"), *folder.rglob("merged.json")]
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in found}
 
@@ -58,13 +58,13 @@ def test_lists_of_its_settings_multiply_and_nothing_is_done_twice(place: Path) -
     assert [(row["model"], row["merge_share"], row["sparsity"]) for row in rows] == [
         ("model", str(share), str(zero)) for share in shares for zero in zeros
     ]
-    # As by hand.
+    # The same as by hand.
     run = found.runs[-1]
     by_hand = Merge.of(MergeSettings(other=place / "other", share=0.75), place / "by-hand")
     made = make([by_hand], source_named("model"), Reporter(quiet=True)).model
     again = Run(run.name, run.recipe.replaced(model=str(made)))
     assert measured(alone(again, place / "separate")) == measured(Report.read(run.recipe.run_folder / "report.json"))
-    # The same call does nothing; a longer list does what is new.
+    # Repeating the call does nothing; a longer list only adds runs.
     before = written(place / "out")
     assert len(do().reports) == 4
     assert written(place / "out") == before
@@ -73,13 +73,13 @@ def test_lists_of_its_settings_multiply_and_nothing_is_done_twice(place: Path) -
     after = written(place / "out")
     assert {name: after[name] for name in before} == before
     assert len([name for name in after if name.endswith("merged.json")]) == 3
-    # What was made of other bytes is not taken for this sweep's.
+    # Results from other bytes are not reused.
     save_pico(place / "other", seed=5)
     with pytest.raises(BadInput, match="holds a report for other weights: model has changed since"):
         do()
 
 
-def test_steps_follow_one_another(place: Path) -> None:
+def test_several_steps_run_in_order(place: Path) -> None:
     save_pico(place / "third", seed=2)
     two = {"merge": {"other": "other"}}, {"merge": {"other": "third", "share": [0.25, 0.75]}}
     first, second = expand(Sweep.make(data(*two, sparsity=0.5)))
@@ -105,6 +105,6 @@ def test_steps_follow_one_another(place: Path) -> None:
         ("merge", "steps"),
     ],
 )
-def test_what_no_step_has_is_refused_before_anything_is_done(steps: Any, said: str, place: Path) -> None:
+def test_unknown_steps_and_settings_are_refused_before_any_work(steps: Any, said: str, place: Path) -> None:
     with pytest.raises(BadInput, match=said):
         expand(Sweep.make(sweep_data(sweep={"steps": steps})))

@@ -1,4 +1,4 @@
-"""How many runs go at once, and what each of them gets."""
+"""The number of parallel runs, and the resources of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GB = 10**9
 
 
 def plan_of(folder: Path, sizes: Any, capacity: Capacity, how: Execution | None = None, **settings: Any) -> Plan:
-    """A plan for one run per size, each a kind of its own; a size of None has no estimate."""
+    """Return a plan for one run per size, each of a different kind; None means no estimate."""
     data = {"model": "pico", "nsamples": list(range(1, len(sizes) + 1)), "save": str(folder)} | settings
     sweep = Sweep.make(data)
     runs = expand(sweep)
@@ -39,13 +39,13 @@ def plan_of(folder: Path, sizes: Any, capacity: Capacity, how: Execution | None 
         (Capacity(16, 100 * GB, 0, 16, 100 * GB), Execution(), 4, 4),  # all of them
         (Capacity(16, 7 * GB, 0, 16, 7 * GB), Execution(), 2, 8),  # as many as memory allows
         (Capacity(2, 100 * GB, 0, 2, 100 * GB), Execution(), 2, 1),  # as many as cores
-        (Capacity(16, 100 * GB, 0, 16, 100 * GB), Execution(workers=3, threads=2), 3, 2),  # as many as asked for
+        (Capacity(16, 100 * GB, 0, 16, 100 * GB), Execution(workers=3, threads=2), 3, 2),  # as many as requested
         (Capacity(16, 100 * GB, 2, 16, 100 * GB), Execution(), 2, 8),  # one per GPU
         (Capacity(64, 400 * GB, 0, 8, 50 * GB), Execution(), 4, 8),  # no more cores than a machine has
         (Capacity(16, None, 0, 16, None), Execution(), 4, 4),  # memory unknown
     ],
 )
-def test_runs_share_out_what_there_is(
+def test_cores_and_memory_are_divided_among_runs(
     capacity: Capacity, how: Execution, at_once: int, threads: int, tmp_path: Path
 ) -> None:
     plan = plan_of(tmp_path, [3 * GB] * 4, capacity, how)
@@ -55,33 +55,33 @@ def test_runs_share_out_what_there_is(
     assert [(job.threads, job.memory, job.gpu) for job in jobs] == [(threads, 3 * GB, capacity.gpus > 0)] * 4
 
 
-def test_what_is_unknown_is_estimated_first_and_once_per_kind(tmp_path: Path) -> None:
+def test_unknown_sizes_are_estimated_first_and_once_per_kind(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, [3 * GB, None, None], Capacity(4, 9 * GB, 0, 4, 9 * GB))
     assert [job.run.name for job in plan.to_estimate()] == ["nsamples-2", "nsamples-3"]
-    # Seeds and patterns are of one kind.
+    # Runs that differ in seed and pattern are of one kind.
     plan = plan_of(
         tmp_path, [None] * 4, Capacity(4, 9 * GB, 0, 4, 9 * GB), nsamples=9, seed=[0, 1], pattern=["2:4", "4:8"]
     )
     assert [job.run.name for job in plan.to_estimate()] == ["seed-0/2-4"]
-    # One after another there is nothing to decide.
+    # With a single worker nothing has to be decided.
     assert plan_of(tmp_path, [None], Capacity(4, 9 * GB, 0, 4, 9 * GB)).to_estimate() == []
 
 
-def test_a_run_without_an_estimate_goes_alone_and_one_without_a_check_takes_nothing(tmp_path: Path) -> None:
+def test_a_run_without_an_estimate_runs_alone_and_one_without_a_check_reserves_nothing(tmp_path: Path) -> None:
     capacity = Capacity(4, 9 * GB, 0, 4, 9 * GB)
     assert [job.memory for job in plan_of(tmp_path, [3 * GB, None], capacity).to_run()] == [3 * GB, None]
     assert [job.memory for job in plan_of(tmp_path, [3 * GB, None], capacity, check_memory=False).to_run()] == [0, 0]
 
 
-def test_a_run_that_is_too_large_is_told_and_a_little_too_large_gets_a_machine_for_itself(tmp_path: Path) -> None:
+def test_a_too_large_run_is_refused_and_a_slightly_too_large_one_runs_alone(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, [3 * GB, 10 * GB, 40 * GB], Capacity(8, 18 * GB, 0, 4, 9 * GB))
     assert [job.memory for job in plan.to_run()] == [3 * GB, 9 * GB]
     assert [(run, why.cause) for run, why in plan.too_large.items()] == [("nsamples-3", Cause.REFUSED)]
     assert "would not fit" in plan.too_large["nsamples-3"].text
 
 
-def test_a_run_on_a_gpu_is_planned_by_both_memories(tmp_path: Path) -> None:
-    """What it computes with is on the GPU, and so neither reserved nor missed in host memory."""
+def test_a_run_on_a_gpu_is_planned_by_gpu_and_host_memory(tmp_path: Path) -> None:
+    """Memory on the GPU is neither reserved nor required on the host."""
 
     def on_gpu(needed: int) -> Estimate:
         return Estimate(2 * GB, None, GB, device=DevicePeak("cuda:0", needed, 80 * GB, 0))

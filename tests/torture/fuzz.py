@@ -1,6 +1,6 @@
-"""Tokenizers, chat templates and configurations changed by chance and by intent: each is used, or refused with one message.
+"""Randomly and maliciously changed tokenizers, chat templates and configurations: each works or is refused with one message.
 
-Every folder is pruned, and asked to write, in a child with limits on time and memory; it ends by itself, and without a traceback.
+Every folder is pruned and generates text in a child with limits on time and memory, which must exit without a traceback.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ _PIECES = [
 
 
 def _anywhere(value: Any, chance: random.Random) -> tuple[Any, Any]:
-    """A place in nested lists and mappings: what holds it, and its key."""
+    """Return a random place in nested lists and mappings: its container and key."""
     while True:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         key = chance.choice(keys)
@@ -113,7 +113,7 @@ def _anywhere(value: Any, chance: random.Random) -> tuple[Any, Any]:
 
 
 def _values(file: Path, chance: random.Random) -> None:
-    """Other values, or none, in some places of a JSON file; or other bytes."""
+    """Change or delete random values of a JSON file, or change bytes."""
     if chance.random() < 0.15:
         data = bytearray(file.read_bytes())
         for _ in range(chance.randint(1, 4)):
@@ -137,7 +137,7 @@ def _config(folder: Path, chance: random.Random) -> None:
 
 
 def _tokenizer(folder: Path, chance: random.Random) -> None:
-    """Steps that it does not have, or other values."""
+    """Add steps to a tokenizer, or change values."""
     file = folder / chance.choice(["tokenizer.json", "tokenizer.json", "tokenizer_config.json"])
     if chance.random() < 0.5 or file.name != "tokenizer.json":
         _values(file, chance)
@@ -148,7 +148,7 @@ def _tokenizer(folder: Path, chance: random.Random) -> None:
 
 
 def _template(folder: Path, chance: random.Random) -> None:
-    """A program of some pieces."""
+    """Write a chat template of random pieces."""
     pieces = "".join(chance.choices(_PIECES, k=chance.randint(1, 3)))
     if chance.random() < 0.3:
         pieces = "{% for b in range(99999) %}" * chance.randint(1, 3) + pieces
@@ -165,7 +165,7 @@ CHANGES: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def _use(folder: Path, place: Path) -> None:
-    """Prune a folder in this process, and ask the dense and the pruned model for a text."""
+    """Prune a folder in this process, and generate text with the dense and the pruned model."""
     torch.set_num_threads(1)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + MORE_BYTES, now + MORE_BYTES))
@@ -184,7 +184,7 @@ def _use(folder: Path, place: Path) -> None:
 
 
 def attack(kind: str, seed: int, count: int) -> tuple[dict[str, int], list[str]]:
-    """Change a folder `count` times, each time from the whole one, and use it; how they ended, and what was wrong."""
+    """Change and use a folder `count` times, each time from the original; return counts of outcomes, and failures."""
     ends, bad = Counter[str](), list[str]()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)

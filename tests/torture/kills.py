@@ -1,6 +1,6 @@
-"""Runs killed at random moments and at chosen calls of the system, or on a full disk, and begun again: the result is the same.
+"""Runs killed at random moments or chosen system calls, or on a full disk, and restarted: the result is the same.
 
-Everything runs in children of one process that has imported all there is to import, so that a kill costs no start.
+Everything runs in forks of one process that has imported everything, so that restarts are quick.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from support.pruned import pruned_model, save, settings_for, write_text
 
 QUIET = Reporter(quiet=True)
 KNOWN = ("run", "cache", "made", "made.txt", "made.gguf", "made.jsonl")
-"""What runs may leave in their folder."""
+"""Files that runs may leave in their folder."""
 
 
 def make_place(place: Path) -> dict[str, Work]:
-    """Models and texts in a folder, and what is done with them."""
+    """Fill a folder with models and texts; return the runs on them."""
     save_pico(place / "model", num_hidden_layers=3)
     write_words(place / "words.txt")
     write_words(place / "test.txt", 400, seed=1)
@@ -84,13 +84,13 @@ def make_place(place: Path) -> dict[str, Work]:
 
 
 def made_by(out: Path) -> dict[str, bytes]:
-    """The files that a run made, in a folder or not; without the cards, which tell how long it took."""
+    """Return the files that a run made, without the cards, which have times."""
     found = [path for top in sorted(out.glob("made*")) for path in (top.rglob("*") if top.is_dir() else [top])]
     return {str(p.relative_to(out)): p.read_bytes() for p in found if p.is_file() and p.name != "README.md"}
 
 
 def _is_finished(out: Path) -> bool:
-    """Whether a run has done all: with a run folder, its report is the last thing that it writes."""
+    """Return whether a run is finished; with a run folder, the report is written last."""
     run = out / "run"
     reported = any((run / name).exists() for name in (PRUNED, FINETUNED))
     return any(out.glob("made*")) and (reported or not run.exists())
@@ -102,18 +102,18 @@ def _empty(folder: Path) -> None:
 
 
 class Undisturbed:
-    """What each run makes when it is left in peace, how long it takes, and how many calls of the system."""
+    """The results of each undisturbed run, with its time and number of system calls."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        os.environ["COPRUNE_CACHE"] = str(kernel_cache())  # which a run would compile anew in a cache of its own
+        os.environ["COPRUNE_CACHE"] = str(kernel_cache())  # so that kernels are not compiled again
         load_kernels()
         self.works = make_place(place)
         self.expected: dict[str, dict[str, bytes]] = {}
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, int] = {}
         for name, work in self.works.items():
-            out = place / "there"  # all runs are at one place, which some files name
+            out = place / "there"  # all runs use the same path, which some files contain
             out.mkdir()
             started = time.monotonic()
             assert in_child(work, out) == 0, name
@@ -125,7 +125,7 @@ class Undisturbed:
             shutil.rmtree(out)
 
     def disturbed(self, name: str, chance: random.Random, how: str) -> tuple[int, list[str]]:
-        """Disturb a run once or twice, and let it end; how often it was disturbed, and what was wrong then.
+        """Disturb a run once or twice, and let it finish; return how often it was disturbed, and failures.
 
         how: `kills`, `kills at calls`, or `filled disks`.
         """
@@ -147,7 +147,7 @@ class Undisturbed:
             if code != 0 and any(out.glob("made*")) and made_by(out) != expected:
                 wrong.append("half of it under its name")
             if code == 0 and disturbed == 0:
-                # It was through before: once more from the start, and sooner.
+                # It finished too early: try again from the start, disturbing sooner.
                 _empty(out)
                 latest = 0.9 * latest
         if not _is_finished(out) and (code := in_child(work, out)) != 0:

@@ -1,9 +1,9 @@
-"""Hurt coprune on purpose and say what became of it: python tests/torture/run_torture.py [--quick] [--only PART] [--seed N].
+"""Torture tests: python tests/torture/run_torture.py [--quick] [--only PART] [--seed N].
 
-100 tokenizers, chat templates and configurations each, pruned with; 160 runs killed once or twice, half at random
-moments and half at calls of the system, and 24 on a disk that is full at a random byte, each begun again and compared
-byte by byte with one that was left in peace; 40 commands stopped by SIGTERM; a dozen kinds of
-hostile surroundings. docs/reliability.md holds what it printed.
+100 changed tokenizers, chat templates and configurations each, used for pruning; 160 runs killed once or twice, half at random
+moments and half at system calls, and 24 on a disk that is full at a random byte, each restarted and compared
+byte by byte with an undisturbed one; 40 commands stopped by SIGTERM; a dozen kinds of
+hostile surroundings. docs/reliability.md has the results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torture.surroundings import ATTACKS, make_place
 
 
 def main() -> int:
-    """Run everything and print a table; returns 1 if anything was not as promised."""
+    """Run everything and print a table; return 1 on any failure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The command stopped by SIGTERM at random moments: it says how to go on and nothing else, and goes on."""
+"""The command stopped by SIGTERM at random moments: it only prints how to resume, and resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.pico_folder import save_pico, write_words
 
 
 class Stopped:
-    """A command, and how long it takes when nobody stops it."""
+    """A command, and its time if undisturbed."""
 
     def __init__(self, place: Path) -> None:
         self.place, self._said = place, place / "said.txt"
@@ -53,7 +53,7 @@ class Stopped:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def stop(self, count: int, seed: int) -> tuple[dict[str, int], list[str]]:
-        """Stop it so many times, and let it end each time; how it took that, and what was wrong."""
+        """Stop it `count` times, letting it finish each time; return counts of outcomes, and failures."""
         ends, wrong = Counter[str](), list[str]()
         for number in range(count):
             after = self.seconds * random.Random(f"{seed} stop {number}").random()

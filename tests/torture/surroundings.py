@@ -1,6 +1,6 @@
-"""Commands as typed, in surroundings that are against them: terminal, environment, disk, other processes, hostile files.
+"""Typed commands in hostile surroundings: terminal, environment, disk, other processes, malicious files.
 
-Each attack is one function from a place to what went wrong in it.
+Each attack is a function from a folder to a list of failures.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from support.vocabularies import TEXTS, content_of, save_with_tokens
 SECRET = "hf_torture0secret0that0nobody0may0read"
 _PRUNE = "prune model --dataset words.txt --eval-data words.txt --eval-tokens 320 --seqlen 32 --nsamples 6 -m wanda"
 _SLOW = 600
-"""Seconds after which a command hangs, on a machine that does other things too."""
+"""Seconds after which a command counts as hanging, also on a busy machine."""
 _MOST_BYTES = 6 << 30
-"""That a command on a hostile file may hold: three gigabytes of text are read as they are, where they were compressed too."""
+"""Memory limit of a command on a malicious file; three gigabytes of text may be read, compressed or not."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Ended:
     code: int
     said: str
     peak: int = 0
-    """Bytes."""
+    """Peak memory in bytes."""
 
     def wrong(self, *codes: int, words: str = "") -> list[str]:
-        """Return what is wrong with it, where it should end with one of some codes and say some words."""
+        """Return the failures, given the expected exit codes and words."""
         found = [] if self.code in codes else [f"it ended with {self.code}: {self.said[-800:]}"]
         found += (
             [f"a traceback: {self.said[self.said.index('Traceback') :][-2000:]}"] if "Traceback" in self.said else []
@@ -61,7 +61,7 @@ class Ended:
 def run(
     words: str | Sequence[str], place: Path, environment: Mapping[str, str | None] | None = None, before: str = ""
 ) -> Ended:
-    """Run `coprune …` to its end. environment: what is added or, as None, taken away; before: words of a shell in front of it."""
+    """Run `coprune …`. environment: variables to set or, if None, to unset; before: shell words in front of it."""
     asked = words.split() if isinstance(words, str) else [*words]
     known = {**os.environ, "XDG_CACHE_HOME": str(place / "cache"), "OMP_NUM_THREADS": "1", **(environment or {})}
     own = {name: value for name, value in known.items() if value is not None}
@@ -79,7 +79,7 @@ def run(
 
 
 def closed_output(place: Path) -> list[str]:
-    """Standard output closed, and a reader that goes away."""
+    """Try a closed standard output, and a reader that exits."""
     wrong = run("methods", place, before="exec 1>&-; exec").wrong(0, 1, 2)
     wrong += run(f"{_PRUNE} --save closed", place, before="exec 1>&- 2>&-; exec").wrong(0, 1, 2)
     command = f"{sys.executable} -m coprune methods | head -c 1; exit ${{PIPESTATUS[0]}}"
@@ -89,14 +89,14 @@ def closed_output(place: Path) -> list[str]:
 
 
 def ascii_terminal(place: Path) -> list[str]:
-    """LANG=C without UTF-8."""
+    """Try LANG=C without UTF-8."""
     plain = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     wrong = run("prune --help", place, plain).wrong(0)
     return wrong + run(f"{_PRUNE} --save ascii", place, plain).wrong(0)
 
 
 def no_home(place: Path) -> list[str]:
-    """No HOME, one that is not there, and one that cannot be written to."""
+    """Try no HOME, a missing one, and an unwritable one."""
     gone: dict[str, str | None] = {"HOME": None, "XDG_CACHE_HOME": None}
     (place / "home-file").touch()
     wrong = run(f"{_PRUNE} --save no-home", place, gone).wrong(0)
@@ -106,7 +106,7 @@ def no_home(place: Path) -> list[str]:
 
 
 def clock_going_back(place: Path) -> list[str]:
-    """All that an earlier run left is of tomorrow."""
+    """Try files of an earlier run with times in the future."""
     wrong = run(f"{_PRUNE} --save clock --save-model clock-model", place).wrong(0)
     tomorrow = time.time() + 86_400
     for path in (place / "clock").rglob("*"), (place / "cache").rglob("*"), (place / "clock-model").rglob("*"):
@@ -118,7 +118,7 @@ def clock_going_back(place: Path) -> list[str]:
 
 
 def read_only_mount(place: Path) -> list[str]:
-    """The model on a mount that nobody can write to, and the output there."""
+    """Try the model, and then the output, on a read-only mount."""
     mounted = f"mount --bind -o ro {place / 'model'} {place / 'model'} &&"
     tried = subprocess.run(["unshare", "-m", "bash", "-c", f"{mounted} true"], capture_output=True)
     if tried.returncode:
@@ -140,7 +140,7 @@ def _descendants(of: int) -> list[psutil.Process]:
 def _killing(
     words: str, place: Path, chosen: Callable[[psutil.Process], bool], times: int, seed: int
 ) -> tuple[Ended, int]:
-    """Run a command while processes below it are killed; how it ended, and how many were killed."""
+    """Run a command while killing processes below it; return how it ended, and the number of kills."""
     chance, killed = random.Random(seed), 0
     own = {**os.environ, "XDG_CACHE_HOME": str(place / "cache"), "OMP_NUM_THREADS": "1"}
     with (place / "said.txt").open("w") as said:
@@ -182,20 +182,20 @@ def _works(process: psutil.Process) -> bool:
 
 
 def killed_workers(place: Path, how: str = "--workers 2", name: str = "killed") -> list[str]:
-    """A sweep whose workers are killed: every run is done, with the figures of a sweep that nobody disturbed."""
+    """Kill workers of a sweep: every run finishes with the figures of an undisturbed sweep."""
     _sweep(place, name)
     _sweep(place, f"{name}-calm")
     ended, count = _killing(f"sweep {name}.yaml {how}", place, _works, 2, seed=1)
     wrong = ended.wrong(0, 1)
     wrong += [] if count else ["no worker was found to be killed"]
-    wrong += run(f"sweep {name}.yaml {how}", place).wrong(0)  # what was lost too often is done now
+    wrong += run(f"sweep {name}.yaml {how}", place).wrong(0)  # finishes runs that were lost too often
     wrong += run(f"sweep {name}-calm.yaml", place).wrong(0)
     calm, other = (_perplexities(place / top) for top in (f"{name}-calm", name))
     return wrong + ([] if calm == other and len(calm) == 6 else [f"it has other figures: {other}, undisturbed {calm}"])
 
 
 def _perplexities(sweep: Path) -> dict[str, Any]:
-    """The figures of every run that is done, by its folder."""
+    """Return the figures of every finished run, by folder."""
     return {
         str(report.parent.relative_to(sweep)): json.loads(report.read_text())["perplexity"]
         for report in sorted(sweep.rglob("report.json"))
@@ -203,7 +203,7 @@ def _perplexities(sweep: Path) -> dict[str, Any]:
 
 
 def killed_ray(place: Path) -> list[str]:
-    """The same with the workers of a Ray cluster on this machine, then with the driver itself."""
+    """Kill the workers of a local Ray cluster, then the driver itself."""
     wrong = killed_workers(place, "--ray local", "ray")
     _sweep(place, "driver")
     own = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
@@ -221,7 +221,7 @@ def killed_ray(place: Path) -> list[str]:
         below = _descendants(driver.pid)
         driver.kill()
         driver.wait()
-    _, alive = psutil.wait_procs(below, timeout=120)  # Ray's own agents notice after a minute, the workers at once
+    _, alive = psutil.wait_procs(below, timeout=120)  # Ray's agents notice after a minute, its workers at once
     for one in alive:
         one.kill()
     wrong += [f"{len(alive)} processes outlive their driver"] if alive else []
@@ -229,7 +229,7 @@ def killed_ray(place: Path) -> list[str]:
 
 
 def killed_fit(place: Path) -> list[str]:
-    """A fit that also cuts tokens, killed three times, in llama.cpp and in transformers."""
+    """Kill a fit with vocabulary cuts three times, in llama.cpp and in transformers."""
     wrong = []
     for name, model in (("fit-l", "spoken.gguf --types q8_0,q4_0"), ("fit-t", "spoken --runtime transformers")):
         words = f"fit {model} --task text.txt --require bits<=dense*2 --without experts,blocks,channels --budget 24h -o {name}"
@@ -254,14 +254,14 @@ def killed_fit(place: Path) -> list[str]:
 
 
 def _found(folder: Path) -> list[Any]:
-    """What a fit tried, with its figures but speed, and the weights that it left."""
+    """Return a fit's candidates with their figures except speed, and the weights that it left."""
     rows = [{**row, "speed": None} for row in json.loads((folder / "fit.json").read_text())["rows"]]
     weights = [path for end in ("gguf", "safetensors") for path in sorted(folder.glob(f"**/*.{end}"))]
     return [rows, *(path.read_bytes() for path in weights if ".fit" not in path.parts)]
 
 
 def bombs(place: Path) -> list[str]:
-    """Texts and models that are small on the disk and huge in memory."""
+    """Try texts and models that are small on disk and huge in memory."""
     with gzip.open(place / "bomb.jsonl.gz", "wb") as stream:
         for _ in range(200):
             stream.write(b'{"text": "' + b"a" * 10_000_000 + b'"}\n')
@@ -282,7 +282,7 @@ def bombs(place: Path) -> list[str]:
 
 
 def links(place: Path) -> list[str]:
-    """Files of a model's folder that lead out of it."""
+    """Try links that lead out of a model's folder."""
     secret = place / "secret.txt"
     secret.write_text(SECRET)
     linked = place / "linked"
@@ -304,7 +304,7 @@ def _files(place: Path, *names: str) -> list[Path]:
 
 
 def secrets(place: Path) -> list[str]:
-    """Tokens of the environment in nothing that a run leaves or says."""
+    """Check that access tokens in the environment occur in no file or output of a run."""
     tokens: dict[str, str | None] = dict.fromkeys(
         ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN", "MLFLOW_TRACKING_TOKEN"), SECRET
     )
@@ -315,7 +315,7 @@ def secrets(place: Path) -> list[str]:
 
 
 def load(place: Path) -> list[str]:
-    """Four runs at once on one cache, 100,000 rows, a text of 300 MB, a sweep of 60."""
+    """Try four parallel runs on one cache, 100,000 rows, a text of 300 MB, and a sweep of 60 runs."""
     own = {**os.environ, "XDG_CACHE_HOME": str(place / "cache"), "OMP_NUM_THREADS": "1"}
     four = [
         subprocess.Popen(
@@ -362,7 +362,7 @@ ATTACKS: dict[str, Callable[[Path], list[str]]] = {
 
 
 def make_place(place: Path) -> Path:
-    """A model, one with a vocabulary that can be cut, and texts; returns the folder."""
+    """Fill a folder with a model, one with a vocabulary that can be cut, and texts; return it."""
     place.mkdir(parents=True, exist_ok=True)
     save_pico(place / "model")
     write_words(place / "words.txt")

@@ -1,4 +1,4 @@
-"""What a run that prunes and trains hands from one half to the other, and gives back."""
+"""Runs that prune and train: values passed between both steps, and results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_settings_reach_the_training_half() -> None:
+def test_training_settings_reach_the_training_step() -> None:
     how: dict[str, Any] = {"finetune_tokens": 4096, "finetune_lr": 2e-4, "finetune_accumulate": 2}
     recipe = make_recipe({"model": "m", "finetune": "distill", "finetune_dtype": "bfloat16", **how})
     found = training_of(recipe)
@@ -48,14 +48,14 @@ def test_training_settings_reach_the_training_half() -> None:
         make_recipe({"model": "m", "finetune": "dense", "remove": "blocks=0.5", "exclude": "model.layers.1.*"})
 
 
-def test_conversations_are_no_text_to_train_on(tmp_path: Path) -> None:
+def test_conversations_are_refused_as_training_text(tmp_path: Path) -> None:
     chat, text = tmp_path / "chat.jsonl", write_text(tmp_path / "text.txt", 100)
     chat.write_text('{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}')
     for named, trained in ((str(chat), "wikitext2"), (f"{chat}=0.7,{text}=0.3", str(text))):
         assert training_of(make_recipe({"model": "m", "finetune": "dense", "dataset": named})).calibrate.data == trained
 
 
-def test_a_model_in_memory_is_trained_but_is_no_teacher_of_itself(tmp_path: Path) -> None:
+def test_a_model_in_memory_is_trained_but_cannot_be_its_own_teacher(tmp_path: Path) -> None:
     model = pico_model("llama", vocab_size=1002, num_hidden_layers=2)
     small: dict[str, Any] = {"pattern": "2:4", "seqlen": 16, "nsamples": 2, "evaluate": False, "gate": False}
     small |= {"dataset": str(write_text(tmp_path / "text.txt", 700)), "processor": word_tokenizer(), "quiet": True}
@@ -67,7 +67,7 @@ def test_a_model_in_memory_is_trained_but_is_no_teacher_of_itself(tmp_path: Path
     assert found.model is not model
 
 
-def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_path: Path) -> None:
+def test_the_strongest_preset_trains_and_returns_its_model(dense: Path, tmp_path: Path) -> None:
     small: dict[str, Any] = {"seqlen": 16, "nsamples": 4, "device": "cpu", "evaluate": False, "gate": False}
     few: dict[str, Any] = {"finetune_tokens": 65}
     result = coprune.prune(
@@ -93,9 +93,7 @@ def test_the_strongest_preset_trains_and_hands_its_model_back(dense: Path, tmp_p
 
 
 @pytest.mark.parametrize("training", [{"preset": "balanced", "train": "whole"}, {"finetune": "dense"}])
-def test_what_pruning_leaves_alone_stays_so_while_it_is_trained(
-    dense: Path, tmp_path: Path, training: dict[str, Any]
-) -> None:
+def test_layers_left_alone_by_pruning_are_not_trained(dense: Path, tmp_path: Path, training: dict[str, Any]) -> None:
     text = str(write_text(tmp_path / "text.txt", 700))
     exclude = ["*.layers.0.*", "*.layers.1.mlp.down_proj"]
     asked = {**SMALL, "rotate": False, "permute": False} | training
@@ -121,9 +119,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_the_trained_model_is_pushed_and_the_one_before_is_not(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_trained_model_is_pushed(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed: list[Any] = []
     monkeypatch.setattr("coprune.runner.run_recipe.require_login", pushed.append)
     monkeypatch.setattr("coprune.runner.run_recipe.push", lambda *asked: pushed.append(asked))
@@ -138,7 +134,7 @@ def test_the_trained_model_is_pushed_and_the_one_before_is_not(
     assert pushed == ["me/small", (tmp_path / "model", "me/small", True)]
 
 
-def test_a_chat_template_that_fails_is_found_before_anything_is_pruned(dense: Path, tmp_path: Path) -> None:
+def test_a_failing_chat_template_is_refused_before_pruning(dense: Path, tmp_path: Path) -> None:
     model = tmp_path / "templated"
     shutil.copytree(dense, model)
     (model / "chat_template.jinja").write_text("{{ raise_exception('no prompts here') }}")
@@ -195,7 +191,7 @@ def test_a_folder_that_cannot_be_the_models_is_refused_before_pruning(
     assert not (tmp_path / "run" / "prune" / "model").exists()
 
 
-def test_samples_that_are_handed_over_are_trained_on_as_they_were_cut(dense: Path, tmp_path: Path) -> None:
+def test_samples_passed_by_the_caller_are_trained_on_unchanged(dense: Path, tmp_path: Path) -> None:
     tokens = torch.arange(40)[:, None] * 10 + torch.zeros(16, dtype=torch.int64)
     text = str(write_text(tmp_path / "text.txt", 700))
     coprune.prune(str(dense), save_model=tmp_path / "pruned", dataset=text, quiet=True, **SMALL)
@@ -213,7 +209,7 @@ def test_samples_that_are_handed_over_are_trained_on_as_they_were_cut(dense: Pat
         coprune.finetune(tmp_path / "pruned", "dense", dataset=tokens + 5000, save=tmp_path / "two", **how)
 
 
-def test_a_run_killed_in_either_half_resumes_from_its_own_recipe(
+def test_a_run_killed_in_either_step_resumes_from_its_recipe(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any, **__: Any) -> None:
@@ -228,13 +224,13 @@ def test_a_run_killed_in_either_half_resumes_from_its_own_recipe(
             with pytest.raises(KeyboardInterrupt):
                 coprune.prune(str(dense), **asked, log_json=tmp_path / "log.jsonl")
         kept = Recipe.from_yaml(tmp_path / "run" / "recipe.yaml")
-        # Nobody is told when a kept recipe is run again, which makes it no other run.
+        # A stored recipe does not log, which does not make it another run.
         assert (kept.train.mode, kept.output.log_json) == ("dense", None)
     found = run_recipe(kept, reporter=Reporter(quiet=True)).report
     assert (found.saved_model, (tmp_path / "model" / "config.json").is_file()) == (tmp_path / "model", True)
 
 
-def test_a_finished_half_stays_whatever_decides_last_bits_alone_or_where_things_go(
+def test_a_finished_step_is_reused_if_only_rounding_or_destinations_change(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any, **__: Any) -> None:
@@ -256,7 +252,7 @@ def test_a_finished_half_stays_whatever_decides_last_bits_alone_or_where_things_
         coprune.prune(str(dense), **(asked | {"seed": 1}))
 
 
-def test_figures_of_pruned_and_trained_model_are_of_the_same_windows(tmp_path: Path) -> None:
+def test_pruned_and_trained_models_are_measured_on_the_same_windows(tmp_path: Path) -> None:
     save(pico_model("llama", vocab_size=1002, num_hidden_layers=1, max_position_embeddings=1100), tmp_path / "long")
     text = str(write_text(tmp_path / "text.txt", 2300))
     asked: dict[str, Any] = {"pattern": "2:4", "dataset": text, "eval_data": text, "device": "cpu", "gate": False}

@@ -1,4 +1,4 @@
-"""Training windows, and those of perplexity around a training, begin as those of the pruning did."""
+"""Windows of training and its perplexity begin like those of pruning."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_fine_tuning_keeps_the_bos_choice_of_the_pruning(tmp_path: Path, monkeyp
     data = prepare_session(tuned.settings, Reporter(quiet=True)).data
     bos = pico_tokenizer("put").bos_token_id
     assert bool((data.train.tokens[:, 0] == bos).all())
-    # All but the first, where the tokenizer put BOS, have one token of the text less.
+    # All but the first, where the tokenizer added BOS, have one text token less.
     as_it_is = prepare_session(tuned.settings.replaced(bos="first"), Reporter(quiet=True)).data
     assert data.train.tokens[0].equal(as_it_is.train.tokens[0])
     assert data.train.tokens[1:, 1:].equal(as_it_is.train.tokens[1:, :-1])

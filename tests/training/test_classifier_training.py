@@ -1,4 +1,4 @@
-"""Fine-tuning of image classifiers: the same run as for text, with the same promises."""
+"""Fine-tuning of image classifiers, with the same guarantees as for text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUIET = Reporter(quiet=True)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pico classifiers, pruned to 2:4 by magnitude."""
+    """Return a folder with pico classifiers pruned to 2:4 by magnitude."""
     folder = tmp_path_factory.mktemp("classifiers")
     for family in FAMILIES:
         source = save_classifier(family, folder / "dense" / family)
@@ -121,7 +121,7 @@ def test_a_masked_adapter_of_a_classifier_is_merged_from_its_folder(home: Path, 
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
-def test_pruning_and_fine_tuning_in_one_command(
+def test_a_classifier_is_pruned_and_fine_tuned_in_one_command(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["prune", str(home / "dense" / "convnext"), "-m", "wanda", "-p", "2:4", "--dataset", "digits"]
@@ -141,11 +141,11 @@ def test_pruning_and_fine_tuning_in_one_command(
         ({"dataset": "wikitext2"}, "wikitext2"),
         ({"dataset": None}, "name some with dataset"),
         ({"seqlen": 64}, "leave out seqlen"),
-        ({"mode": "lora", "model": "convnext"}, "use mode=.dense"),  # its products are 1 × 1 convolutions
+        ({"mode": "lora", "model": "convnext"}, "use mode=.dense"),  # its linear layers are 1 × 1 convolutions
         ({"train": ["nothing"]}, "matches no parameter"),
     ],
 )
-def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(
+def test_unsupported_settings_of_classifiers_are_refused_before_writing(
     home: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     family = changes.get("model", "vit")
@@ -157,7 +157,7 @@ def test_what_a_classifier_cannot_do_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_of_other_classes_is_refused(home: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_other_classes_is_refused(home: Path, tmp_path: Path) -> None:
     teacher = load(home / "dense" / "transformers convnext")
     teacher.config.num_labels = 7
     teacher.classifier = torch.nn.Linear(teacher.config.hidden_sizes[-1], 7)

@@ -1,4 +1,4 @@
-"""Distillation's losses against their formulas."""
+"""Losses of distillation against their formulas."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_hidden_error_weighs_tokens_by_their_own_size() -> None:
 
 
 @pytest.mark.parametrize("counterparts", [(), (1, 3, 3)])
-def test_every_block_is_held_to_its_counterpart(counterparts: tuple[int, ...]) -> None:
+def test_every_block_is_compared_with_its_counterpart(counterparts: tuple[int, ...]) -> None:
     teacher, student = pico_model("llama"), pico_model("llama", seed=1)
     inputs = {"input_ids": pico_tokens(2, 8)}
     dense, own = (model(**inputs, output_hidden_states=True, use_cache=False) for model in (teacher, student))
@@ -57,7 +57,7 @@ def test_every_block_is_held_to_its_counterpart(counterparts: tuple[int, ...]) -
     assert float(objective(student, inputs)) == pytest.approx(float(expected))
 
 
-def test_a_student_answers_without_dropout_and_stays_in_training() -> None:
+def test_a_student_runs_without_dropout_and_stays_in_training_mode() -> None:
     teacher, student = pico_reader("BertModel"), pico_reader("BertModel").train()
     inputs = {"input_ids": pico_tokens(2, 8)}
     objective = Distillation(teacher, 1.0, True, pooled=Pooling().of_hidden)

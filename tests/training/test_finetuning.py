@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: every mode keeps every zero, resumes bit for bit, and refuses what it cannot do."""
+"""Whole trainings of a tiny model: every mode keeps every zero, resumes bit for bit, and refuses unsupported settings."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_every_mode_keeps_every_zero(home: Path, tmp_path: Path, mode: str, more
     assert not (tmp_path / "run" / "training").exists()
 
 
-def test_what_is_measured_in_the_end_is_what_is_saved(home: Path, tmp_path: Path) -> None:
+def test_the_final_measurements_are_of_the_saved_model(home: Path, tmp_path: Path) -> None:
     half = pruned_model(num_hidden_layers=1).bfloat16()
     save(half, tmp_path / "half")
     text = str(home / "text.txt")
@@ -96,7 +96,7 @@ def test_what_is_measured_in_the_end_is_what_is_saved(home: Path, tmp_path: Path
     assert change.after < change.before
 
 
-def test_training_teaches_and_the_report_tells(home: Path, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_the_report_shows_it(home: Path, tmp_path: Path) -> None:
     report = run(
         home,
         tmp_path / "run",
@@ -148,7 +148,7 @@ def test_only_selected_matrices_are_trained(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "mode"), [("gpt2", "dense"), ("llama", "lora")])
-def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(
+def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(
     home: Path, tmp_path: Path, family: str, mode: str
 ) -> None:
     more: dict[str, Any] = {
@@ -173,7 +173,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted(
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
 def test_an_interrupted_run_does_not_resume_from_other_weights(home: Path, tmp_path: Path, name: str) -> None:
-    """One weight more or less is enough: the last kept one of a matrix, or one of a norm, which is not pruned."""
+    """A single changed weight is enough: the last kept one of a matrix, or one of an unpruned norm."""
     model = AutoModelForCausalLM.from_pretrained(home / "llama")
     save(model, tmp_path / "mine")
     settings = settings_for(tmp_path / "run", tmp_path / "mine", home / "text.txt", save_every=2, max_steps=5)
@@ -207,7 +207,7 @@ def test_a_run_killed_after_its_model_was_saved_is_finished_by_the_same_command(
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (128, 1), (129, 2), (640, 5)])
-def test_tokens_are_as_many_steps_as_they_fill(home: Path, tmp_path: Path, tokens: int, steps: int) -> None:
+def test_a_number_of_tokens_sets_the_number_of_steps(home: Path, tmp_path: Path, tokens: int, steps: int) -> None:
     more: dict[str, Any] = {"tokens": tokens, "max_steps": None, "seqlen": 16, "batch_size": 2, "accumulate": 4}
     assert run(home, tmp_path / "run", mode="dense", **more).steps == steps
 
@@ -273,7 +273,7 @@ def short(folder: Path) -> Path:
     return write_text(folder / "short.txt", 200)
 
 
-def test_pruning_and_fine_tuning_in_one_run(home: Path, tmp_path: Path) -> None:
+def test_a_model_is_pruned_and_fine_tuned_in_one_run(home: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "model": str(home / "dense"),
         "dataset": str(home / "text.txt"),
@@ -309,7 +309,7 @@ def test_two_processes_prune_and_fine_tune_in_one_run(home: Path, tmp_path: Path
     assert json.loads((tmp_path / "run" / "train" / "finetune.json").read_text())["processes"] == 2
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(home: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_another_vocabulary_is_refused(home: Path, tmp_path: Path) -> None:
     save(pico_model("llama", vocab_size=900), tmp_path / "other")
     with pytest.raises(BadInput, match="vocabulary of 900"):
         run(home, tmp_path / "run", mode="distill", teacher=str(tmp_path / "other"))
@@ -323,7 +323,7 @@ def test_nothing_is_saved_once_a_zero_is_lost(home: Path, tmp_path: Path, monkey
     with pytest.raises(BrokenMask, match=matrix.name):
         save_model(model, masks, Companions(None, "card", "float32"), tmp_path / "model", pico_tokens(1, 8))
     assert not any(tmp_path.iterdir())
-    # Neither is a state to resume from, if somebody's change of the weights escapes the optimiser.
+    # Nor is a training state saved, if weights were changed outside the optimiser.
     step = ZeroKeepingTrainer.training_step
 
     def careless(self: ZeroKeepingTrainer, model: Any, *args: Any) -> Any:

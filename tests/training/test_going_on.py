@@ -1,4 +1,4 @@
-"""A training that was stopped late, or failed early: what is there to go on from."""
+"""Resuming a training that was stopped late or failed early."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_training_that_was_killed_after_its_last_step_takes_none_more(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    # 13 steps end in the middle of a pass over the text, and a constant rate would let one step more change weights.
+    # 13 steps end within a pass over the text, and with a constant rate an extra step would change weights.
     monkeypatch.setattr("coprune.training.trainer.rate_at", lambda done: 1.0)
     how: dict[str, Any] = {"max_steps": 13, "held_out": 0.1}
     whole = run(home, tmp_path / "whole", **how)
@@ -59,7 +59,7 @@ def test_a_training_that_was_killed_after_its_last_step_takes_none_more(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_state_is_saved_in_time_where_steps_are_slow(
+def test_states_are_saved_by_time_if_steps_are_slow(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coprune.training.trainer._SECONDS_BETWEEN_STATES", 0.0)
@@ -87,7 +87,7 @@ def test_a_training_that_failed_before_its_first_state_is_replaced(home: Path, t
         ({"save_model": ".."}, "which will be the model's"),
     ],
 )
-def test_impossible_trainings_are_refused_before_anything_is_measured(
+def test_impossible_trainings_are_refused_before_measuring(
     home: Path, tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     run_folder = tmp_path / "runs" / "one"

@@ -1,4 +1,4 @@
-"""Pruned weights stay zero under any optimiser, and so does its state there."""
+"""Pruned weights, and the optimiser's state for them, stay zero under any optimiser."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_mask_is_the_same_bit_for_bit_after_training(name: str, family: str)
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_zeros_stay_behind_gradients_that_were_never_accumulated(before: bool) -> None:
+def test_zeros_stay_with_gradients_that_were_set_directly(before: bool) -> None:
     model = pruned_model().requires_grad_(True)
     masks, parameters, zeros = find_masks(model), dict(model.named_parameters()), zeros_of(model)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -60,7 +60,7 @@ def test_zeros_stay_behind_gradients_that_were_never_accumulated(before: bool) -
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    if before:  # a state that another training left
+    if before:  # with the state of an earlier training
         for name, pruned in masks.pruned.items():
             parameters[name].data[pruned] = 0
         hold_zeros(model, optimizer, masks)
@@ -92,7 +92,7 @@ def test_state_stays_zero_where_parameters_were_swapped_and_lost_their_hooks() -
         assert not bool(optimizer.state[parameters[name]]["exp_avg"][pruned].any())
 
 
-def test_zeros_are_lost_without_holding_them() -> None:
+def test_without_masks_zeros_are_lost() -> None:
     model = pruned_model().requires_grad_(True)
     masks = find_masks(model)
     optimizer = OPTIMIZERS["adamw"](model.parameters())

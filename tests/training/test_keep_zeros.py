@@ -1,4 +1,4 @@
-"""Other trainers leave zeros alone: plain loops, transformers' Trainer, TRL."""
+"""keep_zeros in other trainers: plain loops, transformers' Trainer, TRL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     "adafactor": lambda p: Adafactor(p, lr=1e-2, weight_decay=0.1, scale_parameter=False, relative_step=False),
 }
-# pruned_model: seven matrices in each of three blocks, in turn 60 % unstructured and 2:4.
+# pruned_model: seven matrices in each of three blocks, alternating between 60 % unstructured and 2:4.
 LINE = "Every zero kept: {:.2f} % of 21 matrices (11 × unstructured, 10 × 2:4)."
 
 
@@ -42,7 +42,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) ->
 
 
 def pruned() -> tuple[PreTrainedModel, dict[str, Tensor], str]:
-    """A pruned model that is trained, its zeros, and what is said of them when they are kept."""
+    """Return a pruned model, its zeros, and the message when they are kept."""
     model = pruned_model().requires_grad_(True)
     zeros = {name: zero for name, zero in zeros_of(model).items() if zero.float().mean() > 0.05}
     share = sum(int(zero.sum()) for zero in zeros.values()) / sum(zero.numel() for zero in zeros.values())
@@ -50,7 +50,7 @@ def pruned() -> tuple[PreTrainedModel, dict[str, Tensor], str]:
 
 
 def require_kept(model: PreTrainedModel, zeros: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    """The same zeros bit for bit, and all else was trained."""
+    """Require unchanged zeros, and that everything else was trained."""
     after = dict(model.named_parameters())
     for name, zero in zeros.items():
         assert torch.equal(after[name] == 0, zero), name
@@ -63,7 +63,7 @@ def copies(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def test_an_optimizer_that_asks_for_no_gradients_leaves_zeros_too() -> None:
+def test_an_optimizer_without_gradients_keeps_zeros_too() -> None:
     model, zeros, _ = pruned()
     before = copies(model)
     with coprune.keep_zeros(model, quiet=True):
@@ -80,7 +80,7 @@ def test_a_plain_loop_keeps_every_zero_under(name: str, capsys: pytest.CaptureFi
         train(model, optimizer)
     require_kept(model, zeros, before)
     assert capsys.readouterr().err == f"{line}\n"
-    train(model, optimizer, steps=1)  # it is over by now
+    train(model, optimizer, steps=1)  # the keeper has been released
     assert not torch.equal(dict(model.named_parameters())["model.layers.0.self_attn.q_proj.weight"] == 0,
                            zeros["model.layers.0.self_attn.q_proj.weight"])  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_zeros_of_frozen_parameters_are_kept_once_unfrozen() -> None:
     model, zeros, _ = pruned()
     before = copies(model)
     model.requires_grad_(False)
-    coprune.keep_zeros(model, quiet=True)  # nobody holds what it returns
+    coprune.keep_zeros(model, quiet=True)  # the returned keeper is not referenced
     gc.collect()
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.requires_grad_(True)
@@ -131,7 +131,7 @@ def test_a_dense_model_has_nothing_to_keep() -> None:
         coprune.keep_zeros(pico_model("llama"))
 
 
-def test_a_name_is_no_model_whose_zeros_could_be_kept() -> None:
+def test_a_model_name_instead_of_a_model_is_refused() -> None:
     name: Any = "out/pruned"
     with pytest.raises(coprune.BadInput, match="takes a model in memory, and 'out/pruned' is a str; load it first"):
         coprune.keep_zeros(name)
@@ -148,7 +148,7 @@ def arguments(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
-def test_transformers_trainer_keeps_every_zero_and_says_so_at_every_save(
+def test_transformers_trainer_keeps_every_zero_and_reports_it_at_every_save(
     optim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, zeros, line = pruned()
@@ -163,7 +163,7 @@ def test_transformers_trainer_keeps_every_zero_and_says_so_at_every_save(
 
 
 def test_zeros_of_a_router_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    """It holds its weight itself, and is no layer of torch's."""
+    """A router holds its weight itself instead of in a layer."""
     model = pico_model("qwen3_moe", vocab_size=1002).requires_grad_(True)
     name = "model.layers.0.mlp.gate.weight"
     with torch.no_grad():
@@ -191,8 +191,8 @@ def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at what peft asks
-def test_adapters_beside_zeros_are_no_zeros_to_keep(capsys: pytest.CaptureFixture[str]) -> None:
-    """An adapter begins with a matrix of zeros, which has to be trained."""
+def test_zeros_of_new_adapters_are_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """A new adapter has a matrix of zeros, which has to be trained."""
     peft = pytest.importorskip("peft")
     model, _, line = pruned()
     settings = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", r=4)
@@ -204,7 +204,7 @@ def test_adapters_beside_zeros_are_no_zeros_to_keep(capsys: pytest.CaptureFixtur
     assert bool(update.any())
 
 
-@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.filterwarnings("ignore")  # TRL's warnings
 def test_trl_keeps_every_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")

@@ -31,7 +31,7 @@ TOKENS = torch.arange(64).reshape(2, 32) * 7 % 1002
 
 
 def adapted(family: str = "llama", masked: bool = True, rank: int = 4, trained: bool = True) -> tuple[Any, Masks]:
-    """A pruned model with adapters whose B is no longer zero."""
+    """Return a pruned model with adapters whose B is nonzero."""
     model = pruned_model(family)
     masks = find_masks(model)
     torch.manual_seed(1)
@@ -50,7 +50,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 8, 2**22])
-def test_product_and_gradients_are_those_of_the_formula(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_product_and_gradients_match_the_formula(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "_ROW_VALUES", rows_at_once * 16)
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(24, 16, generator=generator) > 0.6
@@ -71,7 +71,7 @@ def test_merging_keeps_every_zero_and_the_logits(family: str) -> None:
     peft, masks = adapted(family)
     pruned = pruned_model(family)
     unmerged = logits_of(peft)
-    assert (unmerged - logits_of(pruned)).abs().max() > 0.01  # the adapters do something
+    assert (unmerged - logits_of(pruned)).abs().max() > 0.01  # the adapters have an effect
     merged = merge(peft, masks)
     after = zeros_of(merged)
     for name, zero in zeros_of(pruned).items():
@@ -86,7 +86,7 @@ def test_plain_adapters_fill_the_zeros_when_merged() -> None:
     assert filled > 0.99 * sum(entry.zeros for entry in masks.matrices)
 
 
-def test_unmerging_and_disabling_give_the_pruned_model_back() -> None:
+def test_unmerging_and_disabling_restore_the_pruned_model() -> None:
     peft, _ = adapted()
     plain, unmerged = logits_of(pruned_model()), logits_of(peft)
     with peft.disable_adapter():
@@ -96,7 +96,7 @@ def test_unmerging_and_disabling_give_the_pruned_model_back() -> None:
     torch.testing.assert_close(logits_of(peft), unmerged, rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_adapters_are_trained_and_under_autocast_too() -> None:
+def test_only_the_adapters_are_trained_also_under_autocast() -> None:
     peft, _ = adapted(trained=False)
     with torch.autocast("cpu", torch.bfloat16):
         loss = peft(input_ids=TOKENS, labels=TOKENS).loss
@@ -108,7 +108,7 @@ def test_only_the_adapters_are_trained_and_under_autocast_too() -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_saved_adapters_are_loaded_again(masked: bool, tmp_path: Path) -> None:
+def test_saved_adapters_reload(masked: bool, tmp_path: Path) -> None:
     peft, masks = adapted(masked=masked)
     save_adapter(peft, tmp_path / "adapter", "card")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
@@ -122,7 +122,7 @@ def test_saved_adapters_are_loaded_again(masked: bool, tmp_path: Path) -> None:
         save_adapter(peft, tmp_path / "adapter", "card")
 
 
-def test_peft_alone_reads_the_files_and_warns(tmp_path: Path) -> None:
+def test_peft_without_coprune_reads_the_files_and_warns(tmp_path: Path) -> None:
     peft, _ = adapted()
     save_adapter(peft, tmp_path / "adapter", "card")
     with warnings.catch_warnings(record=True) as caught:

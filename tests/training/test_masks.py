@@ -1,4 +1,4 @@
-"""Masks from a checkpoint's zeros: found, and verified."""
+"""Finding and verifying masks from a checkpoint's zeros."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_masks_are_exactly_the_zeros_of_the_pruned_matrices(family: str) -> None
     zeros = zeros_of(model)
     for name, pruned in masks.pruned.items():
         assert torch.equal(pruned, zeros[name])
-    # Nothing that holds many zeros was overlooked, and nothing else was taken.
+    # Exactly the tensors with many zeros were found.
     assert set(masks.pruned) == {name for name, zero in zeros.items() if zero.float().mean() > 0.05}
     assert masks.patterns["2:4"] == len(masks.matrices) // 2
     assert {entry.pattern for entry in masks.matrices} == {NM(2, 4), Unstructured()}
@@ -72,5 +72,5 @@ def test_zeros_of_an_output_matrix_that_is_the_embedding_are_kept_under_its_name
     (tied,) = [entry for entry in masks.matrices if entry.tied]
     assert (tied.matrix.name, tied.parameter) == ("lm_head", "model.embed_tokens.weight")
     masks.verify(plain_parameters(model))
-    # An adapter on it would train the embedding along.
+    # An adapter on it would also train the embedding.
     assert "lm_head" not in choose_targets(masks, (), rank=2)

@@ -1,4 +1,4 @@
-"""Fine-tuning takes the device that was asked for, no other GPU beside it, and no precision in which that is slow."""
+"""Fine-tuning uses only the requested device, and no precision that is slow on it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     monkeypatch.setattr(
         torch.accelerator, "set_device_index", lambda index: current.append(torch.device("cuda", index))
     )
-    # Accelerate makes it the current one too.
+    # Accelerate also sets the current device.
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     return current
 
 
-def test_the_gpu_that_was_asked_for_is_taken_alone(two_gpus: list[torch.device], tmp_path: Path) -> None:
+def test_only_the_requested_gpu_is_used(two_gpus: list[torch.device], tmp_path: Path) -> None:
     from accelerate.state import AcceleratorState, PartialState
 
     second = torch.device("cuda", 1)
@@ -74,7 +74,7 @@ def test_a_training_after_pruning_reads_one_source_of_text(data: str, trained: s
     assert training_of(recipe).calibrate.data == trained
 
 
-def test_a_processor_without_products_of_bfloat16_trains_in_float32(
+def test_fine_tuning_uses_float32_on_a_processor_without_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(pruned_model(num_hidden_layers=1), tmp_path / "model")

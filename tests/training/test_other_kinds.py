@@ -1,4 +1,4 @@
-"""Training of models that read texts as a whole, embed them, or write one for another: toward the dense model, or on targets."""
+"""Training encoders, embedding models and encoder-decoders, toward the dense model or on targets."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_step_takes_one_batch_unless_the_settings_say_otherwise(kind: str, pla
     assert report.curve[-1].step == 3
 
 
-def test_pruned_and_trained_in_one_run_toward_the_source(place: Path, tmp_path: Path) -> None:
+def test_other_models_are_pruned_and_trained_toward_the_source_in_one_run(place: Path, tmp_path: Path) -> None:
     dense, text = dense_model(place, "embeddings"), place / "words.txt"
     training = {"finetune": "distill", "finetune_max_steps": 3, "finetune_lr": 3e-3, "finetune_batch_size": 4}
     settings = {**PRUNING, "evaluate": True, **training}
@@ -136,7 +136,7 @@ def test_pruned_and_trained_in_one_run_toward_the_source(place: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "labels"])
-def test_text_alone_says_nothing_of_vectors_and_labels(kind: str, place: Path, tmp_path: Path) -> None:
+def test_models_of_vectors_and_labels_cannot_train_on_text_alone(kind: str, place: Path, tmp_path: Path) -> None:
     model = dense_model(place, kind)
     with pytest.raises(BadInput, match="for which plain text has no targets; train it toward the dense model"):
         coprune.finetune(model, "dense", dataset=place / "words.txt", save=tmp_path / "run", quiet=True)
@@ -146,7 +146,7 @@ def test_text_alone_says_nothing_of_vectors_and_labels(kind: str, place: Path, t
 
 
 def one_by_one(family: str, pairs: Pairs) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """What a model takes of every pair without padding, and its targets."""
+    """Return a model's inputs for every pair without padding, and its targets."""
     found = []
     for source, written in zip(pairs.source, pairs.written, strict=True):
         taken = {
@@ -158,7 +158,7 @@ def one_by_one(family: str, pairs: Pairs) -> list[tuple[dict[str, Tensor], Tenso
 
 
 @pytest.mark.parametrize("family", ["T5", "Bart"])
-def test_pairs_of_other_lengths_count_by_their_own_tokens(family: str) -> None:
+def test_pairs_of_different_lengths_count_by_their_tokens(family: str) -> None:
     student, teacher = pico_pair_model(family), pico_pair_model(family)
     with torch.no_grad():
         for parameter in student.parameters():

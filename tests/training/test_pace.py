@@ -1,4 +1,4 @@
-"""The learning rate along a training, and a training that ends with the time."""
+"""The learning-rate schedule, and trainings that end with the time limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_the_rate_rises_and_then_falls() -> None:
     assert rates[40] - rates[60] == pytest.approx(0.2 / 0.97)
 
 
-def test_what_comes_first_of_steps_and_minutes_ends_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_ends_with_its_steps_or_minutes_whichever_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("coprune.training.trainer.time.perf_counter", lambda: now)
     measured = Pace(60)

@@ -1,4 +1,4 @@
-"""Learning rates in proportion to the size of what is trained."""
+"""Learning rates relative to the size of the trained weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_parameter_has_its_size_times_the_rate() -> None:
     rates_by_size(optimizer)
     found = [(group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert all(params[0] is one for (params, _, _), one in zip(found, (large, small, empty, gains), strict=True))
-    # One gain is a hundred times larger than the others, which would be moved by all of their size at once.
+    # One gain is a hundred times larger, so others would otherwise move by their whole size.
     assert [rate for _, rate, _ in found] == pytest.approx([0.01 * 12.5**0.5, 0.001, 0.01, 0.01])
     assert [decay for _, _, decay in found] == [0.5, 0.5, 0.0, 0.0]
 
@@ -64,7 +64,7 @@ def test_scaled_weights_take_scaled_steps_and_resume_to_the_same_bits(tmp_path: 
         )  # Adam's first step is a tenth of the rate
 
 
-def test_presets_that_train_ask_for_it_and_adapters_cannot_have_it() -> None:
+def test_training_presets_use_relative_rates_and_adapters_refuse_them() -> None:
     assert (
         training_of(
             make_recipe({"model": "m", "pattern": "2:4", **preset_settings("balanced", train="whole")})

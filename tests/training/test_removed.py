@@ -1,4 +1,4 @@
-"""Fine-tuning of models that parts were removed from: every mode, and in one run with the removal."""
+"""Fine-tuning of models with removed parts, in every mode and in one run with the removal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REMOVE = "channels=0.4,blocks=0.25"
 
 
 def settings(home: Path, **changes: Any) -> dict[str, Any]:
-    """Of a removal."""
+    """Return the settings of a removal."""
     data = {"dataset": str(home / "text.txt"), "seqlen": 16, "nsamples": 4, "device": "cpu", "evaluate": False}
     return {"model": str(home / "dense"), "remove": REMOVE, "align": 16, **data, **changes}
 
@@ -52,7 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "lora-distill",
     ],
 )
-def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -> None:
+def test_every_mode_trains_the_remaining_parts(home: Path, tmp_path: Path, mode: str) -> None:
     teacher = {"teacher": str(home / "dense")} if "distill" in mode else {}
     asked = settings_for(tmp_path / "run", home / "small", home / "text.txt", mode=mode, max_steps=3, **teacher)
     report = run_finetuning(training_recipe(asked), QUIET)
@@ -65,13 +65,13 @@ def test_every_mode_trains_what_is_left(home: Path, tmp_path: Path, mode: str) -
     assert (report.pruned_matrices, report.sparsity_after) == (0, 0.0)
     assert "blocks 4 → 3" in str(report)
     assert "blocks 4 → 3" in (tmp_path / "run" / "model" / "README.md").read_text()
-    # What was removed is remembered, for whoever trains it again or exports it.
+    # Removals are recorded for later training and export.
     assert History.read(tmp_path / "run" / "model").removed == report.removed
     assert source_of(tmp_path / "run" / "model") == str(home / "dense")
 
 
 @pytest.mark.parametrize("mode", [pytest.param("lora", marks=pytest.mark.slow), "dense"])
-def test_padding_stays_zeros_however_little_there_is(home: Path, tmp_path: Path, mode: str) -> None:
+def test_padding_stays_zero_however_small(home: Path, tmp_path: Path, mode: str) -> None:
     asked = settings(home, save=tmp_path / "run", save_model=tmp_path / "small", remove="channels=0.04", align=4)
     run_recipe(make_recipe(asked | {"allocation": "error:tokens=0"}), reporter=QUIET)
     asked = settings_for(tmp_path / "tuned", tmp_path / "small", home / "text.txt", mode=mode, max_steps=2)
@@ -83,21 +83,21 @@ def test_padding_stays_zeros_however_little_there_is(home: Path, tmp_path: Path,
     assert all(bool((after.get_parameter(name)[zeros] == 0).all()) for name, zeros in silent.items())
 
 
-def test_hidden_states_are_held_to_those_of_the_blocks_that_stand_there() -> None:
+def test_hidden_states_are_compared_with_the_corresponding_blocks() -> None:
     def without(*gone: int) -> Edits:
         return Edits({f"m.{i}": [DropBlock(block=f"m.{i}", entries=0)] for i in gone})
 
     assert History().counterparts(5, 5) == [1, 2, 3, 4, 5]
-    # Blocks 0, 2 and 3 are left: what the first gives stands for what the dense model's block 1 gives.
+    # Blocks 0, 2 and 3 remain: the first one's output corresponds to that of the dense model's block 1.
     assert History([without(1, 4)]).counterparts(3, 5) == [2, 3, 5]
     assert History([without(4), without(), without(1)]).counterparts(3, 5) == [2, 3, 5]
-    assert History([without(1, 4)]).counterparts(3, 3) == [1, 2, 3]  # a teacher that lost as many
+    assert History([without(1, 4)]).counterparts(3, 3) == [1, 2, 3]  # a teacher with the same blocks removed
     assert History([without(1)]).counterparts(3, 5) is None
     halves = Edits({name: [DropBlock(block=name, entries=0)] for name in ("encoder.m.0", "decoder.m.2")})
     assert History([halves]).counterparts(3, 4, "decoder.m.") == [1, 3, 4]
 
 
-def test_removal_and_distillation_in_one_run_speak_of_the_final_model(home: Path, tmp_path: Path) -> None:
+def test_removal_and_distillation_in_one_run_report_the_final_model(home: Path, tmp_path: Path) -> None:
     lines: list[str] = []
 
     def listen(event: Event) -> None:
@@ -128,7 +128,7 @@ def test_removal_and_distillation_in_one_run_speak_of_the_final_model(home: Path
     assert "zeros in the pruned matrices" not in page
 
 
-def test_a_smaller_model_with_zeros_keeps_both(home: Path, tmp_path: Path) -> None:
+def test_a_smaller_model_with_zeros_keeps_size_and_zeros(home: Path, tmp_path: Path) -> None:
     sparse = {"pattern": "2:4", "method": "magnitude", "save": tmp_path / "run", "save_model": tmp_path / "sparse"}
     pruning = {**settings(home), **sparse, "model": str(home / "small")}
     del pruning["remove"], pruning["align"]

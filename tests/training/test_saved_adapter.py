@@ -1,4 +1,4 @@
-"""Adapters that somebody made to exhaust the machine, or that are none: one message, and nothing is merged."""
+"""Malicious or invalid adapters give one message, and nothing is merged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merge_with(saved: Path, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> Any:
-    """Merge a copy of the adapter with another configuration, and other tensors if there are any."""
+    """Merge a copy of the adapter with another configuration, and optionally other tensors."""
     folder.mkdir()
     content = json.loads((saved / "adapter_config.json").read_text()) | config
     (folder / "adapter_config.json").write_text(json.dumps(content))
@@ -57,14 +57,16 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_a_configuration_that_asks_for_more_is_refused(config: dict[str, Any], saved: Path, tmp_path: Path) -> None:
+def test_a_configuration_with_unsupported_features_is_refused(
+    config: dict[str, Any], saved: Path, tmp_path: Path
+) -> None:
     with pytest.raises(BadInput, match="adapter") as caught:
         merge_with(saved, tmp_path / "crafted", config)
     assert "\n" not in str(caught.value)
 
 
-def test_patterns_in_a_configuration_are_not_looked_at(saved: Path, tmp_path: Path) -> None:
-    """One of these would be tried for hours on a name of thirty letters."""
+def test_patterns_in_a_configuration_are_not_evaluated(saved: Path, tmp_path: Path) -> None:
+    """One of these would take hours on a name of thirty letters."""
     name = "model.layers.0.self_attn." + "a" * 30
     patterns = {"target_modules": "(.*.*)*x", "exclude_modules": "(a+)+$", "layers_pattern": "(a+)+$"}
     merged = merge_with(saved, tmp_path / "crafted", patterns | {"layers_to_transform": [9], "junk": name})

@@ -1,4 +1,4 @@
-"""A tuned or merged model gets its name last: after it was verified, and never with NaN in it."""
+"""A tuned or merged model gets its name last, after verification, and never with NaN."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in coprune catches it."""
+    """A stand-in for SIGKILL, which nothing in coprune catches."""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned model, a text, and a finished run with its adapter."""
+    """Return a folder with a pruned model, a text, and a finished training with its adapter."""
     folder = tmp_path_factory.mktemp("models")
     save(pruned_model(num_hidden_layers=1), folder / "llama")
     write_text(folder / "text.txt", 700)
@@ -48,7 +48,7 @@ def refuse(*_: Any) -> None:
     raise VerificationError("the logits differ")
 
 
-def test_half_precision_leaves_rotary_frequencies_as_they_are() -> None:
+def test_half_precision_keeps_rotary_frequencies_in_float32() -> None:
     model = pruned_model(tie_word_embeddings=True)
     frequencies = model.model.rotary_emb.inv_freq.clone()
     bring_to(model, torch.bfloat16)
@@ -63,7 +63,7 @@ def test_a_model_that_fails_its_verification_gets_no_name(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("coprune.training.saving.verify_saved", refuse)
-        for _ in range(2):  # nor does the next run take it for finished
+        for _ in range(2):  # nor is it reused as finished
             with pytest.raises(VerificationError):
                 tune(home, tmp_path / "run")
             assert not (tmp_path / "run" / "model").exists()
@@ -87,7 +87,7 @@ def test_adapters_that_are_not_finite_leave_nothing(home: Path, tmp_path: Path) 
 def test_an_announced_training_without_its_model_is_resumed(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder for the model was there, empty, when the run was killed between announcing and renaming."""
+    """The model's folder existed, empty, when the training was killed between announcing and renaming."""
     (tmp_path / "model").mkdir()
 
     def killed(*_: Any) -> None:
@@ -103,8 +103,8 @@ def test_an_announced_training_without_its_model_is_resumed(
 
 
 @pytest.mark.parametrize("most", [3_000, 40_000], ids=["in the first file", "in a later one"])
-def test_a_full_disk_is_one_message_and_costs_nothing(home: Path, tmp_path: Path, most: int) -> None:
-    """The system refuses to make any file larger than that, as it does on a full disk."""
+def test_a_full_disk_is_one_message_and_loses_nothing(home: Path, tmp_path: Path, most: int) -> None:
+    """A limit on file sizes simulates the full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:

@@ -1,4 +1,4 @@
-"""Trainings of a model's blocks alone leave what lies around them as it was."""
+"""The scope of a training: weights outside it stay unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def trained(folder: Path, model: Path, **changes: Any) -> tuple[Tensors, Tensors]:
-    """The weights before and after a training."""
+    """Return the weights before and after a training."""
     asked = settings_for(
         folder, model, write_text(folder.parent / "text.txt", 700), **{"mode": "dense", "max_steps": 2, **changes}
     )
@@ -43,7 +43,7 @@ def test_only_weights_in_the_scope_are_trained(tmp_path: Path, scope: str, tied:
     assert all(bool((after[name][tensor == 0] == 0).all()) for name, tensor in before.items())
 
 
-def test_routers_alone_are_trained(tmp_path: Path) -> None:
+def test_only_routers_are_trained_on_request(tmp_path: Path) -> None:
     save(pruned_model("qwen2_moe", num_hidden_layers=2), tmp_path / "model")
     before, after = trained(tmp_path / "run", tmp_path / "model", train="routers", learning_rate=0.01)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
@@ -69,7 +69,7 @@ def test_excluded_weights_stay_unchanged(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize(
     ("exclude", "message"), [("*.nope", "'\\*.nope' matches no parameter"), ("*", "nothing is left to train")]
 )
-def test_patterns_that_leave_nothing_alone_or_everything_are_refused(
+def test_patterns_that_match_nothing_or_exclude_everything_are_refused(
     tmp_path: Path, exclude: str, message: str
 ) -> None:
     save(pruned_model(num_hidden_layers=1), tmp_path / "model")
@@ -78,7 +78,7 @@ def test_patterns_that_leave_nothing_alone_or_everything_are_refused(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_was_pruned_is_trained_too(tmp_path: Path, tied: bool) -> None:
+def test_a_pruned_head_is_trained_too(tmp_path: Path, tied: bool) -> None:
     model = pruned_model(num_hidden_layers=1, tie_word_embeddings=tied)
     with torch.no_grad():
         head = model.lm_head.weight
@@ -92,7 +92,7 @@ def test_a_head_that_was_pruned_is_trained_too(tmp_path: Path, tied: bool) -> No
         assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
-def test_presets_train_blocks_and_adapters_beside_them_go_by_what_adapters_take() -> None:
+def test_presets_train_blocks_and_adapters_choose_their_own_matrices() -> None:
     asked = {"model": "m", "pattern": "2:4"}
     weights = training_of(make_recipe(asked | preset_settings("balanced", asked, "whole")))
     assert (weights.train.scope, weights.train.rates, weights.train.mode) == ("blocks", "relative", "distill")

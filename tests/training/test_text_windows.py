@@ -1,4 +1,4 @@
-"""Training text: packed without padding, held out from its end, chosen with a seed."""
+"""Training text: packed without padding, held out at its end, sampled by a seed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_text_of_less_than_two_windows_is_refused(tmp_path: Path) -> None:
         read(tmp_path, path)
 
 
-def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+def test_invalid_training_settings_are_refused(tmp_path: Path) -> None:
     good = settings_for(tmp_path, tmp_path, tmp_path)
     refused: list[tuple[dict[str, Any], str]] = [
         ({"mode": "distill"}, "teacher=…"),
@@ -69,6 +69,6 @@ def test_text_held_out_for_perplexity_is_not_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(words(0, 805))
     text = read(tmp_path, path, evaluate=True)
-    assert int(text.train.tokens.max()) == 719  # the last tenth is 80 tokens of 805, and windows have 8
+    assert int(text.train.tokens.max()) == 719  # the held-out last tenth is 80 of 805 tokens, with windows of 8
     other = read(tmp_path, path, evaluate=True, eval_data=str(path))
     assert int(other.train.tokens.max()) == 799

@@ -1,4 +1,4 @@
-"""Minutes are a limit on all of a fine-tuning: loading, measuring, training, saving and the verdict end within it."""
+"""Minutes limit the whole fine-tuning: loading, measuring, training, saving and the verdict."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Heard:
-    """A reporter's lines."""
+    """A reporter that records its lines."""
 
     lines: list[str]
     reporter: Reporter
@@ -61,12 +61,12 @@ def data(windows: int = 100, held_out: int = 50, tokens: int = 16) -> TrainingDa
 
 
 def spent(seconds: float, limit: float = 60, forward: float = 0.01, **more: Any) -> TimeLimit:
-    """A limit of which some is spent, and whose model takes so long for a forward pass."""
+    """Return a partly spent time limit for a model with a given time per forward pass."""
     began = time.monotonic() - seconds
     return TimeLimit(limit, began, loading=1.0, repeated=5.0, measuring=forward, training=forward, **more)
 
 
-def test_what_is_done_before_and_after_the_training_is_taken_off_its_time(
+def test_work_before_and_after_the_training_is_subtracted_from_its_time(
     home: Path, tmp_path: Path, heard: Heard
 ) -> None:
     _, seconds = spent(20).planned(data(), asked(home, tmp_path, minutes=1), False, heard.reporter)
@@ -75,7 +75,7 @@ def test_what_is_done_before_and_after_the_training_is_taken_off_its_time(
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_its_minutes(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_ends_within_its_minutes(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = coprune.training.finetuning._measure
 
     def slowly(*arguments: Any) -> Any:
@@ -89,7 +89,7 @@ def test_a_run_ends_with_its_minutes(home: Path, tmp_path: Path, monkeypatch: py
     assert time.monotonic() - started < 1.2 * 24
 
 
-def test_minutes_in_which_no_step_fits_are_refused_with_the_least(home: Path, tmp_path: Path, heard: Heard) -> None:
+def test_minutes_too_short_for_a_step_are_refused_with_the_minimum(home: Path, tmp_path: Path, heard: Heard) -> None:
     with pytest.raises(BadInput, match="not one step fits") as refused:
         run_finetuning(asked(home, tmp_path / "run", minutes=0.001), heard.reporter)
     assert refused.value.field == "minutes"
@@ -107,7 +107,7 @@ def test_a_model_that_loads_too_slowly_is_refused_as_soon_as_it_is_loaded(home: 
 def test_a_slow_measurement_is_refused_within_the_minutes(
     home: Path, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that is suddenly busy: the measurement takes far longer than the trial did show."""
+    """On a suddenly busy machine the measurement takes far longer than in the trial."""
     measure, waited = coprune.training.finetuning._measure, [0]
 
     def slowly(session: Any, which: str) -> Any:
@@ -126,20 +126,20 @@ def test_a_slow_measurement_is_refused_within_the_minutes(
     assert 0 < waited[0] < 100
 
 
-def test_of_a_pruned_model_one_step_is_trained_where_none_fits(home: Path, tmp_path: Path, heard: Heard) -> None:
+def test_a_just_pruned_model_is_trained_for_at_least_one_step(home: Path, tmp_path: Path, heard: Heard) -> None:
     report = run_finetuning(asked(home, tmp_path / "run", minutes=0.001), heard.reporter, after_pruning=True)
     assert report.steps == 1
     assert any("and one is taken" in line for line in heard.lines)
 
 
-def test_too_few_steps_are_told_before_the_training(home: Path, tmp_path: Path, heard: Heard) -> None:
+def test_too_few_steps_are_reported_before_the_training(home: Path, tmp_path: Path, heard: Heard) -> None:
     recipe = asked(home, tmp_path, minutes=1, accumulate=8)
     spent(20, forward=0.3).planned(data(), recipe, False, heard.reporter)
     assert "fewer than 20 change little" in heard.lines[-1]
     assert "minutes=" in heard.lines[-1]
 
 
-def test_steps_are_of_fewer_windows_where_the_time_is_short(home: Path, tmp_path: Path, heard: Heard) -> None:
+def test_steps_have_fewer_windows_if_time_is_short(home: Path, tmp_path: Path, heard: Heard) -> None:
     recipe = asked(home, tmp_path, minutes=1, accumulate=None, batch_size=None)
     planned = [spent(20, forward=seconds).planned(data(), recipe, False, heard.reporter)[0] for seconds in (0.01, 0.2)]
     assert planned[0].accumulate == data().accumulate
@@ -147,7 +147,7 @@ def test_steps_are_of_fewer_windows_where_the_time_is_short(home: Path, tmp_path
     assert not any("change little" in line for line in heard.lines)
 
 
-def test_what_is_held_out_is_watched_for_a_small_part_of_the_time(home: Path, tmp_path: Path, heard: Heard) -> None:
+def test_held_out_loss_takes_a_small_part_of_the_time(home: Path, tmp_path: Path, heard: Heard) -> None:
     recipe = asked(home, tmp_path, minutes=1, batch_size=1)
     watched = [spent(20, forward=seconds).planned(data(), recipe, False, heard.reporter)[0] for seconds in (1e-4, 0.1)]
     counts = [0 if one.held_out is None else len(one.held_out) for one in watched]
@@ -163,7 +163,7 @@ def test_what_is_held_out_is_watched_for_a_small_part_of_the_time(home: Path, tm
         ({"after_pruning": True}, {}, lambda tokens: tokens is None),
     ],
 )
-def test_measuring_takes_a_share_of_the_time_where_nothing_says_on_how_much(
+def test_by_default_measuring_takes_a_share_of_the_time(
     home: Path, tmp_path: Path, heard: Heard, more: Any, changes: Any, measured: Any
 ) -> None:
     from coprune.evaluation.tasks import task_for
@@ -175,10 +175,10 @@ def test_measuring_takes_a_share_of_the_time_where_nothing_says_on_how_much(
     assert measured(found.evaluate.tokens)
 
 
-def test_a_step_that_no_longer_fits_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_no_longer_fits_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 30.0, 60.0, 90.0])
     monkeypatch.setattr("coprune.training.trainer.time.perf_counter", lambda: next(now))
-    pace = Pace(100)  # reads the clock
+    pace = Pace(100)  # starts the clock
     ended = []
     for step in (1, 2, 3):
         pace.update(step, 10**9)
@@ -186,7 +186,7 @@ def test_a_step_that_no_longer_fits_is_not_begun(monkeypatch: pytest.MonkeyPatch
     assert ended == [False, False, True]
 
 
-def test_the_last_lines_are_a_verdict_and_what_to_type_next(
+def test_the_last_lines_are_a_verdict_and_the_next_command(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["finetune", home / "llama", "--dataset", home / "text.txt", "--seqlen", 16, "--max-steps", 2]

@@ -1,4 +1,4 @@
-"""A training of all weights that could never fit is refused before anything is pruned."""
+"""A training that could never fit in memory is refused before pruning."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_bound_is_weights_gradients_moments_and_the_teacher(dense: Path, dis
         require_room_to_train(where, "all", distills, GPU, lambda device: room_of(needed - 1))
 
 
-def test_what_lies_outside_of_blocks_that_are_trained_has_neither_gradients_nor_moments(dense: Path) -> None:
+def test_untrained_weights_outside_the_blocks_have_no_gradients_or_moments(dense: Path) -> None:
     model = pico_model("llama", vocab_size=1002)
     weights, inside = model.num_parameters(), sum(p.numel() for p in model.model.layers.parameters())
     assert 0 < inside < weights
@@ -54,16 +54,16 @@ def test_what_lies_outside_of_blocks_that_are_trained_has_neither_gradients_nor_
         require_room_to_train(where, "blocks", True, GPU, lambda device: room_of(needed - 1))
 
 
-def test_a_file_of_rounded_weights_is_counted_as_it_is_loaded() -> None:
+def test_a_quantised_file_is_counted_as_loaded() -> None:
     where = locate("smollm2-135m")
     assert isinstance(where, GgufFile)
-    needed = 20 * 134_515_008  # the embeddings, which the head shares, once
+    needed = 20 * 134_515_008  # counting the tied embeddings once
     require_room_to_train(where, "all", True, GPU, lambda device: room_of(needed))
     with pytest.raises(BadInput, match=r"2\.5 GiB"):
         require_room_to_train(where, "all", True, GPU, lambda device: room_of(needed - 1))
 
 
-def test_nothing_is_pruned_for_a_training_without_room(
+def test_a_training_that_cannot_fit_is_refused_before_pruning(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = write_text(tmp_path / "text.txt", 200)

@@ -1,4 +1,4 @@
-"""Less to count than a user gets, for all tests of this room, and read once."""
+"""Smaller default sources of counts, read once for all tests of this folder."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""Which tokens stay: what has to, then the weightiest, each with what it is made by."""
+"""Choice of the kept tokens: required ones, then those with the largest weights, each with its merge parts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from coprune.vocabulary.samples import LANGUAGES, SOURCES
 MADE_BY = {300: (200, 201), 450: (440,)}
 
 
-def test_required_and_heavy_tokens_stay_with_their_merge_parts() -> None:
+def test_required_and_heavy_tokens_are_kept_with_their_merge_parts() -> None:
     weights = np.zeros(512)
     weights[[450, 499, 498]] = 3, 2, 1
     kept = choose(64, weights, [300], lambda token: None if token == 498 else MADE_BY.get(token, ()))
     named = {300, 200, 201, 450, 440, 499}
-    assert kept.old == (*range(64 - len(named)), *sorted(named))  # no text is cut into 498; small ids fill up
+    assert kept.old == (*range(64 - len(named)), *sorted(named))  # 498 occurs in no text; small ids fill up
     assert [kept.new[token] for token in kept.old] == list(range(64))
     assert kept.below(201) == 64 - len(named) + 1
 

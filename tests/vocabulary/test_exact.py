@@ -1,4 +1,4 @@
-"""A smaller vocabulary cuts every text whose tokens stayed as the whole one does, and loses no other text."""
+"""A smaller vocabulary tokenises texts of kept tokens identically, and loses no other text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pair(kind: str, size: int) -> tuple[Tokenizer, Tokenizer, Kept]:
 
 
 def require_exact(dense: Tokenizer, cut: Tokenizer, kept: Kept, text: str) -> bool:
-    """Compare two tokenizers on a text; returns whether all of its tokens stayed."""
+    """Compare two tokenizers on a text; return whether all of its tokens were kept."""
     before, after = (one.encode(text).ids for one in (dense, cut))
     covered = all(token in kept.new for token in before)
     if covered:
@@ -45,18 +45,18 @@ def require_exact(dense: Tokenizer, cut: Tokenizer, kept: Kept, text: str) -> bo
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text=TEXT, size=st.sampled_from([896, 960]))
-def test_a_text_whose_tokens_stayed_is_cut_alike_and_every_text_is_given_back(kind: str, text: str, size: int) -> None:
+def test_texts_of_kept_tokens_are_tokenised_alike_and_every_text_round_trips(kind: str, text: str, size: int) -> None:
     require_exact(*pair(kind, size), text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_are_covered_often_enough_to_show_it(kind: str) -> None:
+def test_enough_samples_consist_of_kept_tokens(kind: str) -> None:
     dense, cut, kept = pair(kind, 896)
     assert sum(require_exact(dense, cut, kept, word) for word in WORDS) > 100
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "characters"])
-def test_every_row_that_stays_can_be_reached(kind: str) -> None:
+def test_every_kept_row_is_reachable(kind: str) -> None:
     dense, cut, kept = pair(kind, 896)
     content = json.loads(cut.to_str())
     smaller, whole = Vocabulary.of(content), Vocabulary.of(json.loads(dense.to_str()))
@@ -68,8 +68,8 @@ def test_every_row_that_stays_can_be_reached(kind: str) -> None:
     assert not unreachable
 
 
-def test_a_choice_without_the_parts_of_its_tokens_would_not_do() -> None:
-    """What public scripts do: the tokens with the largest weights, whatever they are made by."""
+def test_a_choice_without_merge_parts_leaves_unreachable_tokens() -> None:
+    """Public scripts keep the tokens with the largest weights, without their merge parts."""
     content = json.loads(content_of("bytes"))
     vocabulary = Vocabulary.of(content)
     kept = kept_of(content, 896)
@@ -81,7 +81,7 @@ def test_a_choice_without_the_parts_of_its_tokens_would_not_do() -> None:
 
 
 @pytest.mark.slow
-def test_six_thousand_texts_with_a_real_tokenizer(smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_six_thousand_texts_are_exact_with_a_real_tokenizer(smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
     content = json.loads(smollm2_tokenizer.backend_tokenizer.to_str())
     kept = kept_of(content, 24_576)
     dense, cut = Tokenizer.from_str(json.dumps(content)), Tokenizer.from_str(json.dumps(cut_tokenizer(content, kept)))

@@ -1,4 +1,4 @@
-"""What a report says loudly: languages that were lost, and cuts that do not pay."""
+"""Warnings of a report: lost languages, and cuts that do not pay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def facts(*texts: TextCost, **more: Any) -> VocabularyFacts:
     return VocabularyFacts(kind="BPE", counted=["en 100%"], texts=list(texts), **{**sizes, **more})
 
 
-def test_a_language_that_is_lost_is_named_loudly_and_one_that_never_was_there_is_not() -> None:
+def test_only_languages_that_the_full_vocabulary_covered_are_reported_as_lost() -> None:
     german, thai = cost("German", (250, 400), (1.0, 1.4)), cost("Thai", (700, 1000))
     said = facts(cost("mine", (200, 201), (1.0, 1.005)), german, thai).loud()
     assert said is not None
@@ -25,7 +25,7 @@ def test_a_language_that_is_lost_is_named_loudly_and_one_that_never_was_there_is
     assert facts(cost("mine", (200, 201))).loud() is None
 
 
-def test_a_cut_that_costs_more_than_fewer_bits_a_weight_says_so() -> None:
+def test_a_cut_that_costs_more_than_fewer_bits_is_reported() -> None:
     dear = facts(cost("mine", (200, 210), (1.0, 1.053)), bytes_after=93)
     assert any(line.startswith("DOES NOT PAY") for line in dear.lines())
     assert not any(line.startswith("DOES NOT PAY") for line in facts(cost("mine", (200, 201), (1.0, 1.008))).lines())

@@ -1,4 +1,4 @@
-"""A folder with fewer tokens: logits of those that stayed are the dense model's, bit by bit, in every family."""
+"""A folder with fewer tokens: logits of kept tokens equal the dense model's bit by bit, in every family."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", of_ten(FAMILIES))
-def test_logits_of_tokens_that_stayed_are_equal_bit_by_bit(family: str, tmp_path: Path) -> None:
+def test_logits_of_kept_tokens_are_equal_bit_by_bit(family: str, tmp_path: Path) -> None:
     source = save_with_tokens(tmp_path / "dense", family)
     kept = kept_of(json.loads(content_of("bytes")), 640)
     small = cut(source, tmp_path / "small", kept)
@@ -60,7 +60,7 @@ def test_logits_of_tokens_that_stayed_are_equal_bit_by_bit(family: str, tmp_path
 
 
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"tie_word_embeddings": False}])
-def test_tied_and_untied_heads_follow(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_tied_and_untied_heads_are_cut(changes: dict[str, Any], tmp_path: Path) -> None:
     source = save_with_tokens(tmp_path / "dense", "llama", **changes)
     kept = kept_of(json.loads(content_of("bytes")), 640)
     small = cut(source, tmp_path / "small", kept)
@@ -72,9 +72,9 @@ def test_tied_and_untied_heads_follow(changes: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("phi", {}),  # a bias of the head
+        ("phi", {}),  # a bias in the head
         ("gemma4_text", {"vocab_size_per_layer_input": SIZE}),
-        ("gemma4_text", {"vocab_size_per_layer_input": SIZE - 64}),  # fewer than the embedding has
+        ("gemma4_text", {"vocab_size_per_layer_input": SIZE - 64}),  # fewer than in the embedding
         ("mamba", {}),
         ("falcon", {}),
         ("qwen3_next", {}),
@@ -93,7 +93,7 @@ def test_per_layer_embedding_tables_are_cut_too(family: str, changes: dict[str, 
     assert torch.equal(logits(small, new), logits(tmp_path / "dense", rows[new])[..., rows])
 
 
-def test_token_settings_are_updated_and_old_tokenizer_files_left_out(tmp_path: Path) -> None:
+def test_token_settings_are_updated_and_old_tokenizer_files_dropped(tmp_path: Path) -> None:
     source = save_with_tokens(tmp_path / "dense")
     (source / "tokenizer.model").write_bytes(b"old")
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 6], "suppress_tokens": [3]}))
@@ -118,7 +118,7 @@ def test_a_refused_folder_leaves_nothing(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
-def test_rows_of_several_shards_are_those_of_the_source(tmp_path: Path) -> None:
+def test_rows_in_several_shards_equal_the_sources(tmp_path: Path) -> None:
     from coprune.model.checkpoint.shards import read_tensor, stored_entries
 
     source = save_with_tokens(tmp_path / "dense", tie_word_embeddings=False)

@@ -1,4 +1,4 @@
-"""A GGUF file with fewer tokens: rows copied as they are stored, and nothing names an old id."""
+"""A GGUF file with fewer tokens: rows are copied as stored, and no old id remains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZE = 640
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pico llama as GGUF, in q8_0."""
+    """Return a pico llama as GGUF, in q8_0."""
     tokenizer = content_of("bytes")
     model = distinct_norms(
         pico_model("llama", vocab_size=len(json.loads(tokenizer)["model"]["vocab"]), tie_word_embeddings=False)
@@ -52,7 +52,7 @@ def small(whole: Path, kept: Kept) -> Path:
     return Gguf(GgufFile(whole, whole.name)).cut(whole.with_name("small.gguf"), kept, QUIET)
 
 
-def test_rows_are_the_same_bytes_and_metadata_follow(whole: Path, small: Path, kept: Kept) -> None:
+def test_rows_keep_their_bytes_and_metadata_is_updated(whole: Path, small: Path, kept: Kept) -> None:
     before, after = GGUFReader(whole), GGUFReader(small)
     for old, new in zip(before.tensors, after.tensors, strict=True):
         cut = old.name in ("token_embd.weight", "output.weight")
@@ -70,7 +70,7 @@ def test_rows_are_the_same_bytes_and_metadata_follow(whole: Path, small: Path, k
     assert made <= set(told["tokenizer.ggml.tokens"])
 
 
-def test_ids_outside_the_tokenizers_keys_follow() -> None:
+def test_ids_outside_the_tokenizers_keys_are_updated() -> None:
     fields = {
         "tokenizer.ggml.tokens": Field(["a", "b", "c"], GGUFValueType.ARRAY, GGUFValueType.STRING),
         "t5.decoder_start_token_id": Field(2, GGUFValueType.UINT32),
@@ -86,7 +86,9 @@ def test_llama_cpp_computes_the_same_logits(whole: Path, small: Path, kept: Kept
     assert torch.equal(cut.logits(new), expected)
 
 
-def test_a_folder_with_fewer_tokens_is_exported_after_the_whole_file(whole: Path, kept: Kept, tmp_path: Path) -> None:
+def test_a_folder_with_fewer_tokens_is_exported_with_the_whole_file_as_template(
+    whole: Path, kept: Kept, tmp_path: Path
+) -> None:
     model, tokenizer = load_model(GgufFile(whole, whole.name))
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""Integers and names in a folder's JSON files: each follows its token, is known to be something else, or is reported."""
+"""Integers and names in a folder's JSON files: each is updated, known to be no id, or reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOUND = ["<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transc
 
 
 def with_tokens(added: list[str], special: bool = True) -> dict[str, Any]:
-    """The content of a `tokenizer.json` with further tokens at its end."""
+    """Return the content of a `tokenizer.json` with additional tokens at its end."""
     tokenizer = Tokenizer.from_str(content_of("bytes"))
     tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
     content: dict[str, Any] = json.loads(tokenizer.to_str())
@@ -35,7 +35,7 @@ def with_tokens(added: list[str], special: bool = True) -> dict[str, Any]:
 
 
 def kept_in(folder: Path, size: int = 704) -> Kept:
-    """Tokens that may stay, of which those are that have to."""
+    """Return some kept tokens, including the required ones."""
     import numpy as np
 
     source = FolderSource(ModelFolder(folder, "pico"), None)
@@ -61,7 +61,7 @@ def change(file: Path, **values: Any) -> None:
 
 @pytest.fixture
 def reserved(tmp_path: Path) -> Path:
-    """A model whose tokenizer has reserved tokens, each with a row."""
+    """Return a model whose tokenizer has reserved tokens, each with a row."""
     content = with_tokens([f"<|reserved_special_token_{number}|>" for number in range(32)])
     folder = save_with_tokens(tmp_path / "dense", vocab_size=1056)
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -99,7 +99,7 @@ def test_batches_can_be_padded_with_a_reserved_token(reserved: Path, tmp_path: P
 
 
 def test_a_token_without_a_row_is_not_added_again(tmp_path: Path) -> None:
-    """As the token of images in the text models of a family whose larger ones see."""
+    """Such as the image token in text models of a family with larger vision models."""
     content = with_tokens(["<image_soft_token>"])
     folder = save_with_tokens(tmp_path / "dense", content=json.dumps(content), vocab_size=1024)
     change(
@@ -112,7 +112,7 @@ def test_a_token_without_a_row_is_not_added_again(tmp_path: Path) -> None:
     assert any("<image_soft_token>" in note for note in notes)
 
 
-def test_a_tokenizer_with_more_tokens_than_rows_is_not_finished(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_cut_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     folder = save_with_tokens(tmp_path / "dense")
     monkeypatch.setattr("coprune.vocabulary.settings.without_names", lambda found, _: found | {"pad_token": "<more>"})
     with pytest.raises(VerificationError, match=r"705 tokens for 704 rows: '<more>'"):
@@ -122,7 +122,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_not_finished(tmp_path: Path, 
 
 @pytest.fixture
 def whisper(tmp_path: Path) -> Path:
-    """A model of speech whose languages and tasks are tokens at the end of its vocabulary."""
+    """Return a speech model whose languages and tasks are tokens at the end of its vocabulary."""
     content = with_tokens(SOUND)
     ids = {token: 1024 + place for place, token in enumerate(SOUND)}
     model = pico_pair_model("Whisper", vocab_size=1032, decoder_start_token_id=1024)
@@ -150,7 +150,7 @@ def whisper(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
-def test_languages_and_tasks_of_a_speech_model_follow_and_places_of_heads_do_not(whisper: Path, tmp_path: Path) -> None:
+def test_language_and_task_ids_are_updated_but_head_positions_are_not(whisper: Path, tmp_path: Path) -> None:
     before = read(whisper / "generation_config.json")
     small, kept = cut(whisper, tmp_path / "small")
     new, after = kept.new, read(small / "generation_config.json")
@@ -168,7 +168,7 @@ def test_languages_and_tasks_of_a_speech_model_follow_and_places_of_heads_do_not
     assert read(small / "codes.json")["en"]["id"] == new[1025]
 
 
-def test_sentinels_of_t5_stay_and_their_number_is_no_id(tmp_path: Path) -> None:
+def test_t5_sentinels_are_kept_and_their_number_is_not_an_id(tmp_path: Path) -> None:
     content = with_tokens([f"<extra_id_{number}>" for number in range(31, -1, -1)])
     pico_pair_model("T5", vocab_size=1056, pad_token_id=0, decoder_start_token_id=0).save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -203,7 +203,7 @@ def naming() -> tuple[Naming, Kept]:
     return Naming(1056, vocabulary, sizes={1056, 1040}), kept
 
 
-def test_ids_of_nested_configurations_follow_and_those_of_other_vocabularies_do_not() -> None:
+def test_ids_of_nested_configurations_are_updated_unless_of_another_vocabulary() -> None:
     by, kept = naming()
     after = by.cut(NESTED, kept)
     changed = {"image_token_id": 500, "boi_token_index": 501, "im_start_id": 502, "eos_token_id": [2, 503]}
@@ -225,13 +225,13 @@ def test_a_sequence_bias_is_not_taken_for_a_token_id() -> None:
     assert by.cut({"bad_words_ids": [[1024], [3, 1025]]}, kept) == {"bad_words_ids": [[500], [3, 501]]}
 
 
-def test_an_id_whose_token_does_not_stay_is_refused_with_its_place() -> None:
+def test_an_id_of_a_removed_token_is_refused_with_its_place() -> None:
     by, kept = naming()
     with pytest.raises(UnsupportedModel, match=r"text_config.pad_token_id names the token 700"):
         by.cut({"text_config": {"pad_token_id": 700}}, kept)
 
 
-def test_a_run_says_which_numbers_it_left_as_they_are(tmp_path: Path) -> None:
+def test_a_run_reports_numbers_that_it_left_unchanged(tmp_path: Path) -> None:
     folder = save_with_tokens(tmp_path / "dense", content=json.dumps(with_tokens(SOUND)))
     change(folder / "processor_config.json", begins=1030)
     (tmp_path / "text.txt").write_text("Some words, and more of them.\n" * 200)

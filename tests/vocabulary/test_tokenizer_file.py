@@ -65,7 +65,7 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(case: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_tokenizers_are_accepted(kind: str) -> None:
+def test_valid_tokenizers_are_accepted(kind: str) -> None:
     assert len(Vocabulary.of(json.loads(content_of(kind))).tokens) > 900
 
 
@@ -84,7 +84,7 @@ def damaged(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_command_ends_with_one_line_and_nothing_written(
+def test_the_command_prints_one_line_and_writes_nothing(
     damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save = tmp_path / "run"
@@ -99,7 +99,7 @@ def test_the_command_ends_with_one_line_and_nothing_written(
     assert not save.exists()
 
 
-def test_a_token_that_texts_begin_with_and_has_no_row_is_refused(tmp_path: Path) -> None:
+def test_an_initial_token_without_a_row_is_refused(tmp_path: Path) -> None:
     folder = save_with_tokens(tmp_path / "dense", vocab_size=1023)
     content = json.loads((folder / "tokenizer.json").read_text())
     template(content, 1023)

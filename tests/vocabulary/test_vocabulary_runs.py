@@ -1,4 +1,4 @@
-"""Runs that cut a vocabulary: alone, before other parts and zeros, by command and by call, interrupted and repeated."""
+"""Runs that cut a vocabulary: alone, before other removal and pruning, by command and call, interrupted and repeated."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_cutting_a_vocabulary_saves_a_model_a_report_and_a_page(dense: Path, wor
     assert again.remove.vocabulary == result.report.recipe.remove.vocabulary
 
 
-def test_bits_of_the_smaller_model_are_what_the_report_says(dense: Path, words: Path, tmp_path: Path) -> None:
-    """They were told by the dense model, which was given the smaller tokenizer's tokens."""
+def test_the_reported_bits_match_the_smaller_model(dense: Path, words: Path, tmp_path: Path) -> None:
+    """The report's bits were measured with the dense model on the smaller tokenizer's tokens."""
     result = coprune.prune(dense, remove="vocabulary=704", save_model=tmp_path / "small", **settings(words))
     said = next(one for one in result.report.vocabulary.texts if one.text == "German")
     model, tokenizer = load_model(ModelFolder(tmp_path / "small", "small"))
@@ -80,14 +80,14 @@ def test_bits_of_the_smaller_model_are_what_the_report_says(dense: Path, words: 
     assert len(ids) == said.tokens[1]
 
 
-def test_what_is_said_while_a_model_in_memory_is_cut_is_shown(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_of_cutting_a_model_in_memory_are_shown(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with saved(*load_model(ModelFolder(dense, "pico"))) as folder:
         print("what it loses", file=sys.stderr)
         assert rows(folder) == SIZE
     assert "what it loses" in capsys.readouterr().err
 
 
-def test_a_model_in_memory_is_left_as_it_is(dense: Path, words: Path) -> None:
+def test_cutting_leaves_the_model_in_memory_unchanged(dense: Path, words: Path) -> None:
     model, tokenizer = load_model(ModelFolder(dense, "pico"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = coprune.prune(model, processor=tokenizer, remove="vocabulary=0.4", **settings(words, evaluate=False))
@@ -95,7 +95,7 @@ def test_a_model_in_memory_is_left_as_it_is(dense: Path, words: Path) -> None:
     assert result.model.config.vocab_size == len(result.tokenizer) == 576
 
 
-def test_the_command_line_does_the_same(
+def test_the_command_cuts_a_vocabulary_alike(
     dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = f"prune {dense} --remove vocabulary=704 --vocabulary-text {words} --dataset {words} --no-eval --quiet"
@@ -126,7 +126,7 @@ def test_channels_and_zeros_follow_a_vocabulary_cut(dense: Path, words: Path, tm
     assert report.model.source == str(dense)
 
 
-def test_a_gguf_file_becomes_another_one(words: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_cut_to_another_gguf_file(words: Path, tmp_path: Path) -> None:
     model = distinct_norms(pico_model("llama", vocab_size=SIZE))
     whole = write_pico_gguf(model, tmp_path / "whole.gguf", "Q8_0", tokenizer=content_of("bytes"))
     small = tmp_path / "small.gguf"
@@ -136,7 +136,7 @@ def test_a_gguf_file_becomes_another_one(words: Path, tmp_path: Path) -> None:
     assert report.vocabulary.texts[0].bits is not None
 
 
-def test_a_loss_is_searched_and_proven(dense: Path, words: Path, tmp_path: Path) -> None:
+def test_a_size_is_searched_and_proven_for_an_allowed_loss(dense: Path, words: Path, tmp_path: Path) -> None:
     asked = settings(words, eval_tokens=2048)
     found = coprune.prune(dense, remove="vocabulary=loss:12%", save=tmp_path / "run", **asked).report.vocabulary
     assert found.proven is not None
@@ -173,7 +173,7 @@ def test_a_killed_search_resumes(dense: Path, words: Path, tmp_path: Path, monke
 
 @pytest.mark.slow
 def test_a_replaced_model_is_noticed_after_its_cut_was_killed(words: Path, tmp_path: Path) -> None:
-    """The cut is done and what else is asked for has not begun."""
+    """Killed after the cut and before the next step."""
     source = save_with_tokens(tmp_path / "dense")
     asked: dict[str, Any] = {"remove": "vocabulary=704", "sparsity": 0.5, "method": "magnitude"}
     asked |= settings(words, evaluate=False, seqlen=32, nsamples=2)
@@ -197,7 +197,7 @@ def stopped(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_text_that_changed_after_the_choice_is_noticed(
+def test_a_text_changed_after_the_choice_is_noticed(
     dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tmp_path / "text.txt"
@@ -215,7 +215,7 @@ def test_a_text_that_changed_after_the_choice_is_noticed(
 
 
 @pytest.mark.slow
-def test_what_a_replaced_model_lost_is_not_taken_for_what_this_one_loses(
+def test_stored_losses_of_a_replaced_model_are_not_reused(
     words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_with_tokens(tmp_path / "dense")
@@ -229,7 +229,7 @@ def test_what_a_replaced_model_lost_is_not_taken_for_what_this_one_loses(
     assert again.vocabulary.tries == fresh.vocabulary.tries
 
 
-def test_a_model_that_was_replaced_before_the_run_had_its_report_is_noticed(
+def test_a_model_replaced_before_the_report_was_written_is_noticed(
     words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_with_tokens(tmp_path / "dense")
@@ -293,7 +293,7 @@ def test_an_empty_text_is_refused(dense: Path, tmp_path: Path) -> None:
 
 
 def test_chat_prompts_keep_their_tokens(dense: Path, words: Path, tmp_path: Path) -> None:
-    """Neither the template's text nor its marks are in the text that counts."""
+    """Neither the template's text nor its special tokens occur in the counted text."""
     coprune.prune(dense, remove="vocabulary=576", save_model=tmp_path / "small", **settings(words, evaluate=False))
     old = json.loads((tmp_path / "small" / "coprune_vocabulary.json").read_text())["old_ids"]
     whole, small = (AutoTokenizer.from_pretrained(folder) for folder in (dense, tmp_path / "small"))
@@ -303,14 +303,14 @@ def test_chat_prompts_keep_their_tokens(dense: Path, words: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_map_says_where_every_token_came_from(dense: Path, words: Path, tmp_path: Path) -> None:
+def test_the_map_has_every_tokens_old_id(dense: Path, words: Path, tmp_path: Path) -> None:
     coprune.prune(dense, remove="vocabulary=704", save_model=tmp_path / "small", **settings(words, evaluate=False))
     old = json.loads((tmp_path / "small" / "coprune_vocabulary.json").read_text())["old_ids"]
     assert Kept(tuple(old)).below(SIZE) == 704
     assert old == sorted(old)
 
 
-def test_a_run_that_was_killed_once_its_model_had_its_name_is_finished(
+def test_a_run_killed_after_its_model_was_named_is_finished(
     dense: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = settings(words, save=tmp_path / "run", save_model=tmp_path / "small", evaluate=False)

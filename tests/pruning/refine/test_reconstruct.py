@@ -92,7 +92,7 @@ def test_reconstruction_lowers_the_error_and_keeps_zeros(propagation: Propagatio
             assert bool(((parameter != 0).unflatten(1, (-1, 4)).sum(dim=2) == 2).all()), name
 
 
-def test_a_processor_without_products_of_bfloat16_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tuning_uses_float32_on_a_processor_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Reconstruction(steps=4, dtype="bfloat16")
     monkeypatch.setattr("coprune.base.precision.multiplies_bfloat16", lambda _: False)
     (slow, _), (exact, _) = pruned(asked), pruned(replace(asked, dtype="float32"))
