@@ -45,7 +45,6 @@ LONG = (
     "recipe",
     "mixtures",
     "presets",
-    "big-mixture",
     "large-models",
     "quantised",
 )

@@ -1,6 +1,6 @@
 """Try which parts can be removed from every pico family: python tests/families/removal.py [FAMILY …].
 
-Tries some or all families and rewrites their rows in docs/removal-models.md.
+Tries some or all families and rewrites their rows in benchmarks/results/removal-families.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from support.pico_hybrids import HYBRIDS
 from support.pico_pairs import SIZES, pico_pair_model, pico_processor, write_recordings
 from support.saved import load_clean, saved_like
 
-PAGE = Path(__file__).parents[2] / "docs" / "removal-models.md"
+PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "removal-families.md"
 PAIRS = {name.lower(): name for name in SIZES}
 ALL = [*FAMILIES, *MIXTURES, *MORE_MIXTURES, *HYBRIDS, *PAIRS]
 SHARES = {"channels": 0.4, "heads": 0.5, "blocks": 0.34, "experts": 0.25}
