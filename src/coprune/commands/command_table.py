@@ -18,22 +18,22 @@ from coprune.commands.grouped import GroupedCommand
 from coprune.recipe.flags import CALLED
 
 COMMANDS: dict[str, str] = {
-    "prune": "Prune a model, measure the effect, and save it.",
-    "methods": "List the pruning methods and their options.",
-    "inspect": "Show a model's matrices, and what would be pruned.",
     "demo": "Prune a small model without network access.",
+    "inspect": "Show a model's matrices, and what could be removed.",
+    "fit": "Find the smallest file that still does your task.",
+    "prune": "Prune a model, measure the effect, and save it.",
+    "finetune": "Recover accuracy lost to pruning, keeping zeros.",
+    "export": "Write a model as a GGUF file for llama.cpp and others.",
     "eval": "Measure a model's perplexity, or run tasks.",
+    "compare": "Compare models: size, perplexity, closeness, tasks.",
+    "bench": "Measure how fast models run on this machine.",
     "estimate": "Give an upper bound on the memory of a run.",
     "sweep": "Run a grid of settings and tabulate the results.",
-    "compare": "Compare models: size, perplexity, closeness, tasks.",
     "report": "Rebuild a run's page, or make one of several runs.",
-    "fit": "Find the smallest file that still does your task.",
-    "finetune": "Recover accuracy lost to pruning, keeping zeros.",
+    "methods": "List the pruning methods and their options.",
     "generate": "Generate calibration text with a model.",
     "merge": "Merge a masked adapter into its pruned model.",
     "push": "Upload a saved model to the Hugging Face Hub.",
-    "export": "Write a model as a GGUF file for llama.cpp and others.",
-    "bench": "Measure how fast models run on this machine.",
 }
 """Summary of every command, one line in a narrow terminal; its function is in the file of the same name."""
 

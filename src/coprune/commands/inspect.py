@@ -30,7 +30,7 @@ def inspect(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **settings: Any,
 ) -> None:
-    """Show a model's blocks and matrices, what would be pruned, and the current sparsity."""
+    """Show a model's blocks and matrices, what would be pruned, what could go, and the current sparsity."""
     typed = {name: value for name, value in settings.items() if value is not None}
     named = named_model(model, model_option, Command("inspect", "smollm2-135m", Set("pattern", "2:4")))
     recipe = make_recipe({"model": named, "nsamples": _FEW_SAMPLES} | typed)
@@ -38,11 +38,16 @@ def inspect(
     from coprune.steps.inspect import inspect_recipe
 
     if plot is None:
-        show("\n".join(inspect_recipe(recipe, Reporter(quiet), weights).lines(matrices)))
+        found = inspect_recipe(recipe, Reporter(quiet), weights)
+        show("\n".join(found.lines(matrices)))
         said = [
             Set(name, one) for name, value in typed.items() for one in (value if isinstance(value, list) else [value])
         ]
-        show_next(("prune it: ", Command("prune", named, *said, Set("save_model", ...))))
+        if said or not found.removable:
+            show_next(("prune it: ", Command("prune", named, *said, Set("save_model", ...))))
+        else:  # zeros alone make nothing smaller
+            part = next((one for one in found.removable if one.startswith("channels")), next(iter(found.removable)))
+            show_next(("what a removal takes: ", Command("prune", named, Set("remove", part), Set("dry_run", True))))
         return
     from coprune.stages.plot_matrix import plot_matrix
 

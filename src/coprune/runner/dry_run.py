@@ -23,9 +23,9 @@ from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE, prepare_folders
 from coprune.run.memory_estimate import Estimate
 from coprune.runner.plan import plan_of
 from coprune.runner.prune_call import estimate_shapes
-from coprune.runner.saved_size import SavedSize, saved_size
 from coprune.runner.time_estimate import Tokens, seconds_of
 from coprune.stages.checks import prepare_solver
+from coprune.steps.saved_size import SavedSize, saved_size
 from coprune.steps.trim import after_trim
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Unpack
 
@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import NO_BAR, Reporter
-from coprune.base.words import LeaveOut, Sheet, Shown, per_cent
+from coprune.base.words import LeaveOut, Set, Sheet, Shown, per_cent, say
 from coprune.data.keyword_arguments import PruneArguments
 from coprune.evaluation.tasks import task_for
 from coprune.model.bare_configuration import Imagined
-from coprune.model.blocks import find_blocks
+from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.load import prepared
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.loaded_model import Loaded, open_model, open_without_weights
@@ -35,7 +35,10 @@ from coprune.run.calibrating import counted_batches, first_counted, record_count
 from coprune.run.context import NOTHING, Given
 from coprune.run.read_call import read_call
 from coprune.stages.checks import check_widths, prepare_solver
+from coprune.steps.saved_size import parameters_gone
 
+PARTS = ("vocabulary=0.5", "experts=0.25", "channels=0.25", "heads=0.25", "blocks=0.2")
+"""Removals whose savings are shown."""
 FEW_SAMPLES = 16
 """Number of samples that suffice to show an allocation."""
 
@@ -105,7 +108,15 @@ def inspect_recipe(recipe: Recipe, reporter: Reporter, weights: bool = True, giv
         target=target,
         allocation=str(recipe.prune.allocation),
         stored=() if loaded.weights.stored_as is None else tuple(loaded.weights.stored_as.lines()),
+        removable=_removable(loaded, blocks),
     )
+
+
+def _removable(loaded: Loaded, blocks: Sequence[Block]) -> dict[str, int]:
+    if loaded.task != "text":
+        return {}
+    gone = {part: parameters_gone(part, loaded, blocks) for part in PARTS}
+    return {part: count for part, count in gone.items() if count}
 
 
 def _open(recipe: Recipe, reporter: Reporter) -> Loaded:
@@ -196,6 +207,8 @@ class Inspection(Shown):
     allocation: str
     stored: tuple[str, ...] = ()
     """Formats of quantised weights, one line per kind."""
+    removable: Mapping[str, int] = field(default_factory=dict)
+    """Parameters that would go with `remove="channels=0.25"` and the like, of a language model; a run proves whether they can."""
 
     @property
     def chosen(self) -> list[InspectedMatrix]:
@@ -226,7 +239,12 @@ class Inspection(Shown):
             *(f"  leave  {layer}" for layer in self.left_out),
             *(f"  stored  {line}" for line in self.stored),
             self._in_all(),
+            *(f"could go  {one}" for one in self._removals()),
         ]
+
+    def _removals(self) -> Iterator[str]:
+        for part, gone in self.removable.items():
+            yield f"{say(Set('remove', part))}: {gone:,} parameters, {per_cent(gone / self.parameters, 0)} of the model"
 
     def _in_all(self) -> str:
         chosen, share = self.chosen, self.target.sparsity

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from coprune.model.leftovers import lists_of
 from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import Matrix, find_matrices
 from coprune.recipe.recipe import Recipe
-from coprune.recipe.structure import Left, Removable
+from coprune.recipe.structure import Left, Removable, RemovePart
 from coprune.recipe.vocabulary_cut import Loss, Target
 from coprune.removal.channels_and_heads import Kind, kept_count
 from coprune.removal.expert_choice import count_left
@@ -85,13 +86,21 @@ def saved_size(recipe: Recipe, location: Location, loaded: Loaded, blocks: Seque
     if asked.size is not None:
         most = asked.size.most(dense - round(gone), math.ceil(item))
         return SavedSize(before, min(start, round(most * item)), at_most=True)
-    left = _of_blocks(recipe, loaded, blocks)
+    left = _of_blocks(asked, loaded, blocks)
     if left is None:
         return SavedSize(before, None)
     of_blocks, alike = left
     spread = asked.spreads and recipe.prune.allocation.name != "uniform"
     after = round(start - (gone + of_blocks) * item)
     return SavedSize(before, after, is_exact=exact and alike and not spread, at_most=at_most)
+
+
+def parameters_gone(part: str, loaded: Loaded, blocks: Sequence[Block]) -> int:
+    """Return how many parameters go with a part such as `channels=0.25`; 0 where the model has none or its shapes do not tell."""
+    asked = RemovePart(parts=(part,))
+    rows = 0 if asked.vocabulary is None else _rows_gone(asked.vocabulary, loaded) or 0
+    of_blocks = _of_blocks(asked, loaded, blocks)
+    return rows if of_blocks is None else rows + round(of_blocks[0])
 
 
 def _item_bytes(recipe: Recipe, location: Location, loaded: Loaded, before: int, dense: int) -> float | None:
@@ -129,16 +138,19 @@ def _item_of_tables(location: Location) -> float:
 
 
 def _tables(model: PreTrainedModel) -> list[Tensor]:
-    found = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [one.get_parameter("weight") for one in found if one is not None]
+    found = []
+    for table_of in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # raised by models without tokens
+            found.append(getattr(table_of(), "weight", None))
+    return [one for one in found if isinstance(one, Tensor)]
 
 
-def _of_blocks(recipe: Recipe, loaded: Loaded, blocks: Sequence[Block]) -> tuple[float, bool] | None:
+def _of_blocks(asked: RemovePart, loaded: Loaded, blocks: Sequence[Block]) -> tuple[float, bool] | None:
     """Return the number of parameters that blocks lose, and whether it is the same whichever go; None if unknown."""
-    shares = recipe.remove.shares
+    shares = asked.shares
     sizes, whole = [], [sum(p.numel() for p in block.module.parameters()) for block in blocks]
     for block in blocks:
-        size = _left_of(block, shares, loaded, recipe.remove.align)
+        size = _left_of(block, shares, loaded, asked.align)
         if size is None:
             return None
         sizes.append(size)
