@@ -5,7 +5,8 @@
 #   make lint, make types
 #   make coverage  make test with the lines and branches that it reaches, and the share that it must reach
 #   make slow   pass the tests that make test leaves out (make test-all: both); make wheel: those of the built package
-#   make release  build the files of a release twice, compare and check them, install them alone (gigabytes); publishes nothing
+#   make release  build the files of a release twice, compare and check them, install the wheel into clean
+#               environments without and with extras (gigabytes); publishes nothing
 #   make keywords  write the typed keyword arguments of Python's functions from the settings, after these changed
 #   make site   build the documentation as a site, in out/site (docs/CONTRIBUTING.md)
 #   make torture   fuzz models' files, kill and stop runs, fill disks
