@@ -45,8 +45,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Keep short code on one line, which browsers would break behind the hyphens of an option."""
-    return re.sub(r"<code>([^<\n]{1,24})</code>", r'<code class="short">\1</code>', html)
+    """Keep short code and every option on one line: browsers break behind hyphens."""
+    html = re.sub(r"<code>([^<\n]{1,24})</code>", r'<code class="short">\1</code>', html)
+    return re.sub(r"<code>.*?</code>", lambda code: _whole_options(code[0]), html, flags=re.DOTALL)
+
+
+def _whole_options(code: str) -> str:
+    """Mark the options in a piece of code, outside its tags."""
+    return re.sub(r"(?<![\w<&;/-])--?[a-z][\w-]*(?![^<]*>)", r'<span class="short">\g<0></span>', code)
 
 
 def _titles(entries: Any) -> Iterator[tuple[str, str]]:
