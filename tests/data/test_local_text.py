@@ -135,7 +135,7 @@ def test_lone_surrogates_in_json_become_replacement_characters(tmp_path: Path) -
     (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d whole \\ud83d\\ude00 told \\\\ud83d"}\n')
     assert local_text(str(tmp_path / "a.jsonl")).text == "cut \ufffd whole \U0001f600 told \\ud83d"
     assert rows_of(tmp_path / "a.jsonl") == [{"text": "cut \ufffd whole \U0001f600 told \\ud83d"}]
-    assert join(["cut \ud83d"], "", "texts handed over").text == "cut \ufffd"
+    assert join(["cut \ud83d"], "", "texts from Python").text == "cut \ufffd"
 
 
 def test_broken_links_and_pipes_are_not_taken_for_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

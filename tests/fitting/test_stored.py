@@ -139,7 +139,7 @@ def test_a_full_disk_is_not_a_verdict_on_a_candidate(
         (MemoryError(), None),
         (OutOfMemory("no memory is left"), ""),
         (BadInput("the run would not fit", field="check_memory"), ""),
-        (BadInput("0.125 of 2 channels is none"), "0.125 of 2 channels"),
+        (BadInput("0.125 of 2 channels rounds to none"), "0.125 of 2 channels"),
     ],
 )
 def test_only_what_is_a_property_of_a_candidate_is_stored(

@@ -184,7 +184,7 @@ def test_the_command_removes_parts_and_finishes_a_killed_run(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "channels": ({"remove": "channels=0.5"}, "channels go from inside of its tensors"),
+    "channels": ({"remove": "channels=0.5"}, "removing channels rewrites the values of its tensors"),
     "zeros": ({"sparsity": 0.5}, "zeros change the values"),
     "a map": ({"remove": "blocks=0.25", "score": "map"}, "the map of blocks changes the values"),
     "zeros too": ({"remove": "experts=0.25", "pattern": "2:4"}, "zeros change the values"),

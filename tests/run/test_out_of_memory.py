@@ -90,7 +90,7 @@ def test_a_run_resumes_with_hidden_states_on_disk(place: Path, tmp_path: Path, m
     full_where(monkeypatch, lambda recording, hidden: recording.hidden.bytes_in_memory > 0)
     said = said_by(recipe_of(place, tmp_path))
     assert said.startswith(f"prune: {BLOCK}: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full; the same")
-    assert "goes on after its last finished block with --batch-size 1 --activation-memory 0. Begun anew" in said
+    assert "resumes after its last finished block with --batch-size 1 --activation-memory 0. Restarted" in said
     assert len(said.splitlines()) == 1
     assert len(list((tmp_path / ".pruned.partial").glob("model-*.json"))) == 1
     assert run(recipe_of(place, tmp_path, activation_memory=0)) == []
@@ -147,7 +147,7 @@ def test_a_model_in_memory_cannot_be_resumed(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(coprune.OutOfMemory) as caught:
         coprune.prune(pico_model("llama"), "magnitude", evaluate=False, layer_error=False, nsamples=4, quiet=True)
     said = str(caught.value)
-    assert "it takes less with batch_size=1, activation_memory=0. Begun anew, it takes less with nsamples=1" in said
+    assert "it takes less with batch_size=1, activation_memory=0. Restarted, it takes less with nsamples=1" in said
     assert "stream" not in said
 
 
@@ -155,10 +155,10 @@ def test_a_model_in_memory_cannot_be_resumed(monkeypatch: pytest.MonkeyPatch) ->
     ("settings", "words"),
     [
         ({"stream": False, "save_model": "m"}, "finished block with --batch-size 1 --activation-memory 0 --stream. "),
-        ({"batch_size": 1, "activation_memory": 0}, "Begun anew, it takes less with --nsamples 32"),
-        ({"reconstruct": 2}, "with --activation-memory 0. Begun anew, it takes less with --batch-size 1 --nsamples 32"),
+        ({"batch_size": 1, "activation_memory": 0}, "Restarted, it takes less with --nsamples 32"),
+        ({"reconstruct": 2}, "with --activation-memory 0. Restarted, it takes less with --batch-size 1 --nsamples 32"),
         ({"propagation": "sequential"}, "--nsamples 32 --propagation block"),
-        ({"stream": False, "permute": True, "pattern": "2:4"}, "it takes less with --activation-memory 0. Begun"),
+        ({"stream": False, "permute": True, "pattern": "2:4"}, "it takes less with --activation-memory 0. Restarted"),
     ],
 )
 def test_advice_on_memory_suits_the_settings(settings: dict[str, Any], words: str) -> None:

@@ -93,7 +93,7 @@ def test_a_processor_slow_in_bfloat16_is_reported(
     told = [line.removeprefix(SLOW_IN_BFLOAT16) for line in said if SLOW_IN_BFLOAT16 in line]
     assert told == [
         " dtype='float32' computes several times as fast, and saves float32.",
-        " So what is trained computes in float32.",
+        " Blocks are trained in float32 instead.",
     ]
 
 

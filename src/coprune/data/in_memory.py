@@ -164,7 +164,7 @@ def _read(value: Any, field: str) -> GivenData:
     if not _is_names(value) or any(isinstance(one, Path) for one in value):
         split = "; take one split of it" if type(value).__name__.endswith("DatasetDict") else ""
         raise BadInput(f"data is a name, {_KINDS}, not of type {type(value).__name__}{split}", field=field)
-    return join(list(value), "\n\n", f"{len(value)} texts handed over")
+    return join(list(value), "\n\n", f"{len(value)} texts from Python")
 
 
 def _tokens(tokens: Tensor, field: str) -> GivenTokens:
@@ -172,7 +172,7 @@ def _tokens(tokens: Tensor, field: str) -> GivenTokens:
     if not whole or tokens.ndim not in (1, 2) or tokens.numel() == 0 or int(tokens.min()) < 0:
         found = f"{tuple(tokens.shape)} {str(tokens.dtype).removeprefix('torch.')}"
         raise BadInput(f"token ids are whole numbers from 0, samples × length; this tensor is {found}", field=field)
-    return GivenTokens(tokens.detach().to("cpu", torch.int64).contiguous(), "token ids handed over")
+    return GivenTokens(tokens.detach().to("cpu", torch.int64).contiguous(), "token ids from Python")
 
 
 def _of_dataset(rows: Any, field: str) -> GivenData:
@@ -187,6 +187,6 @@ def _of_dataset(rows: Any, field: str) -> GivenData:
                 f"the rows of input_ids have {len(lengths)} lengths", field=field, fix="cut them to one length"
             )
         return _tokens(torch.tensor(list(ids)), field)
-    source = f"a data set of {len(rows)} rows handed over"
+    source = f"a dataset of {len(rows)} rows from Python"
     column = choose_text_column(strings, None, source)
     return join([text for text in rows.with_format(None)[column] if text], "\n\n", source)

@@ -382,17 +382,17 @@ class GenerateArguments(TypedDict, total=False):
     samples: int | None
     """Texts. [one per prompt, or 16]"""
     seqlen: int | None
-    """Tokens of a text at most, without its prompt. [512, or the model's limit]"""
+    """Maximum tokens per text, without its prompt. [512, or the model's limit]"""
     temperature: float
     """Divisor of the logits; 0 takes the likeliest tokens."""
     top_p: float
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the likeliest tokens with this total probability."""
     seed: int
-    """Seed of what is drawn."""
+    """Seed of the sampling."""
     column: str | None
     """Column of the prompts. [prompt]"""
     template: Literal["chat", "none"] | None
-    """Whether prompts go through the chat template. [chat where there is one]"""
+    """Whether prompts go through the chat template. [chat, if there is one]"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     """Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."""
     device: str
@@ -400,7 +400,7 @@ class GenerateArguments(TypedDict, total=False):
     cache_dir: File | None
     """Folder for downloads. [the Hugging Face cache]"""
     compile: bool
-    """Compile the step that makes a token: for long texts and many of them."""
+    """Compile the decoding step: worth it for many or long texts."""
 
 
 class ExportArguments(TypedDict, total=False):

@@ -134,6 +134,6 @@ def differing(facts: Mapping[str, Any], note: Path) -> list[str]:
     except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
-        return ["a damaged note of what was asked"]
+        return ["a damaged note of its inputs"]
     written = json.loads(json.dumps(facts))
     return [f"another {name}" for name in written | said if written.get(name) != said.get(name)]

@@ -18,14 +18,14 @@ _COSTS = {"size": ("megabytes", 1e6), "memory": ("megabytes in memory", 1e6), "s
 
 def fit_page(found: Fitted, model: str, target: str) -> str:
     """Return the page: the verdict, the picture, all candidates."""
-    verdict = "kept" if found.kept else "NOT kept"
-    said = f"what is required is {verdict} on the unseen half" if found.better else found.verdict
+    verdict = "met" if found.kept else "NOT met"
+    said = f"the requirements are {verdict} on the unseen half" if found.better else found.verdict
     lead = Paragraph(f"{found.chosen}: {said}.", "" if found.kept else "warn")
     sections = [Section("Verdict", [Lines([*found.lines, *found.notes])])]
     if (drawn := _picture(found, target)) is not None:
         note = (
             "The margin is the distance to the limit of the first condition, with one-sided 95 % confidence bounds: on the "
-            "unseen half for candidates that were tested there, otherwise on the seen items. A candidate keeps the condition if "
+            "unseen half for candidates that were tested there, otherwise on the seen items. A candidate meets the condition if "
             "its whole bar lies above the dashed line."
         )
         sections.append(Section("What was tried", [drawn], note))

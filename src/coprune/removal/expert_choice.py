@@ -99,13 +99,13 @@ def experts_left(mixture: HasExperts, asked: RemovePart) -> int:
     of_groups = f" in {mixture.groups} groups" if mixture.groups > 1 else ""
     if kept >= mixture.count:
         none = f"{kept} of" if isinstance(share, Left) else f"{share:g} of"
-        why = "are all that there are" if isinstance(share, Left) else "is none"
+        why = "are all of them" if isinstance(share, Left) else "rounds to none"
         fix = "keep fewer" if isinstance(share, Left) else "give a larger share"
         raise BadInput(f"{none} {mixture.count} experts{of_groups} {why}", field="remove", fix=fix)
     if kept % mixture.groups:
         fix = f"keep {max(1, kept // mixture.groups) * mixture.groups}"
         raise BadInput(
-            f"{kept} experts cannot be shared equally among {mixture.groups} groups", field="remove", fix=fix
+            f"{kept} experts cannot be divided equally among {mixture.groups} groups", field="remove", fix=fix
         )
     if kept * mixture.used < mixture.top * mixture.groups:
         where = f" of {mixture.used} of {mixture.groups} groups" if mixture.groups > 1 else ""
@@ -249,7 +249,7 @@ def choose(
     if "" in covered:
         return keeps, {}
     kept = ", ".join(f"{name} {per_cent(share)}" for name, share in covered.items())
-    run.reporter.say(f"The experts that stay have of the score of all: {kept}.")
+    run.reporter.say(f"Share of the experts' total score that is kept: {kept}.")
     return keeps, covered
 
 

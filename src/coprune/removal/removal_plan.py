@@ -317,7 +317,7 @@ def _kept(kind: Kind, groups: Mapping[int, int], share: float, align: int) -> di
     if all(new == old for old, new in kept.items()):
         of, fix = " and ".join(map(str, sorted(groups))), "give a larger share, or leave it out"
         together = f", where {max(groups.values())} go together" if max(groups.values()) > 1 else ""
-        raise BadInput(f"{share:g} of {of} {kind} is none{together}", field="remove", fix=fix)
+        raise BadInput(f"{share:g} of {of} {kind} rounds to none{together}", field="remove", fix=fix)
     return kept
 
 

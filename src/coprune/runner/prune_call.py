@@ -136,7 +136,7 @@ def _after_vocabulary(recipe: Recipe, reporter: Reporter) -> Recipe:
     if (rest := after_trim(recipe)) is None:
         cause = "a run that only cuts a vocabulary needs little more memory than copying the model"
         raise BadInput(cause, field="remove", fix="run it")
-    reporter.say("The cut of the vocabulary before it is not counted.")
+    reporter.say("The vocabulary cut before it is not included.")
     return rest
 
 

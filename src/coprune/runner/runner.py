@@ -112,7 +112,7 @@ def _finished(step: Step, before: Left | None, reporter: Reporter, replaces: boo
             fix=("name another folder with ", Setting("save"), ", or replace it with ", Set("overwrite", True)),
         )
     if found is not None or differing:
-        reporter.say(f"{place.folder} was made of something else than there is now: made again.")
+        reporter.say(f"{place.folder} was made from other inputs than the present ones, so it is made again.")
     return None
 
 

@@ -109,7 +109,7 @@ def _say_of_trained(recipe: Recipe, loaded: Loaded, reporter: Reporter) -> None:
     """Report that bfloat16 was requested on a processor that computes it slowly, so that float32 is used."""
     # A later training reports itself.
     if recipe.prune.reconstruct.dtype == "bfloat16" and not multiplies_bfloat16(loaded.device):
-        reporter.say(f"{SLOW_IN_BFLOAT16} So what is trained computes in float32.")
+        reporter.say(f"{SLOW_IN_BFLOAT16} Blocks are trained in float32 instead.")
 
 
 def _domains(run: Run, remember: Remember) -> dict[str, Windows]:

@@ -79,7 +79,7 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
                 weight = event.matrices[0].read()
                 keep = solver.solve(weight, event.inputs, target).weight != 0
                 return distributions_of(weight, keep, event.inputs.statistic.root_mean_square)
-    raise BadInput(f"no calibration token came to {name}, so there is nothing to plot", field="plot", value=name)
+    raise BadInput(f"no calibration token reached {name}, so there is nothing to plot", field="plot", value=name)
 
 
 def plot_spec(name: str, found: Distributions) -> dict[str, Any]:

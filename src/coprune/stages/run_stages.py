@@ -222,10 +222,10 @@ def less_memory(recipe: Recipe, device: torch.device, in_memory: bool = False) -
         anew = batch + anew
     if calibration.propagation == "sequential" and not recipe.remove.parts:
         anew.append(Set("propagation", "block"))
-    begun = ("Begun anew, it takes less with ", Together(tuple(anew)))
+    begun = ("Restarted, it takes less with ", Together(tuple(anew)))
     if not onward:
         return begun
     # A run can only resume if its finished blocks were written to a checkpoint.
     goes_on = (recipe.output.model is not None and not recipe.output.as_gguf) or streams(recipe)
-    first = "the same run goes on after its last finished block with " if goes_on else "it takes less with "
+    first = "the same run resumes after its last finished block with " if goes_on else "it takes less with "
     return (first, Together(tuple(onward)), ". ", *begun)

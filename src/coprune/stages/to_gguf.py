@@ -22,7 +22,7 @@ _INSTEAD: Words = ("name a folder, and run: ", Command("export", "FOLDER", "OUT.
 def require_gguf_source(recipe: Recipe, given: Given) -> None:
     """Raise BadInput if a GGUF file is requested of a model that is not one."""
     if given.loaded is not None or not locates_gguf(recipe.model.name):
-        raise _refused(recipe, "the model is no such file" if given.loaded is None else "the model is in memory")
+        raise _refused(recipe, "the model is not one" if given.loaded is None else "the model is in memory")
 
 
 def refuse_other_changes(recipe: Recipe, given: Given) -> None:
@@ -30,7 +30,7 @@ def refuse_other_changes(recipe: Recipe, given: Given) -> None:
     require_gguf_source(recipe, given)
     kinds = [kind for kind in recipe.remove.kinds if kind not in ("experts", "blocks")]
     if kinds:
-        raise _refused(recipe, f"{kinds[0]} go from inside of its tensors, whose values are stored anew then")
+        raise _refused(recipe, f"removing {kinds[0]} rewrites the values of its tensors")
     if recipe.remove.maps_blocks and recipe.remove.score:
         raise _refused(recipe, "the map of blocks changes the values of its tensors")
     if recipe.sets_zeros:

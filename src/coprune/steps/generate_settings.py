@@ -17,21 +17,19 @@ class GenerateSettings(BaseModel):
     samples: Annotated[int | None, Field(description="Texts. [one per prompt, or 16]", ge=1)] = None
     seqlen: Annotated[
         int | None,
-        Field(description="Tokens of a text at most, without its prompt. [512, or the model's limit]", ge=1),
+        Field(description="Maximum tokens per text, without its prompt. [512, or the model's limit]", ge=1),
     ] = None
     temperature: Annotated[float, Field(description="Divisor of the logits; 0 takes the likeliest tokens.", ge=0)] = 1.0
     top_p: Annotated[
-        float, Field(description="Draw from the likeliest tokens that together have this probability.", gt=0, le=1)
+        float, Field(description="Sample from the likeliest tokens with this total probability.", gt=0, le=1)
     ] = 1.0
-    seed: Annotated[int, Field(description="Seed of what is drawn.")] = 0
+    seed: Annotated[int, Field(description="Seed of the sampling.")] = 0
     column: Annotated[str | None, Field(description="Column of the prompts. [prompt]")] = None
     template: Annotated[
         Literal["chat", "none"] | None,
-        Field(description="Whether prompts go through the chat template. [chat where there is one]"),
+        Field(description="Whether prompts go through the chat template. [chat, if there is one]"),
     ] = None
     dtype: DtypeOfModel = "auto"
     device: Device = "auto"
     cache_dir: CacheFolder = None
-    compile: Annotated[
-        bool, Field(description="Compile the step that makes a token: for long texts and many of them.")
-    ] = False
+    compile: Annotated[bool, Field(description="Compile the decoding step: worth it for many or long texts.")] = False

@@ -142,7 +142,7 @@ def _samples(recipe: Recipe, file: ExpertFile) -> dict[str, Windows]:
             sources = split_sources(text)
             if len(sources) > 1 or not sources[0].is_plain:
                 fix = "name one text, or several as domains"
-                raise BadInput("llama.cpp is given plain texts alone", field=field, value=text, fix=fix)
+                raise BadInput("llama.cpp only reads plain text here", field=field, value=text, fix=fix)
             with about(field, text):
                 sampling = Sampling(asked.samples, seqlen, asked.seed, recipe.model.cache_dir)
                 found[name] = draw_samples(text, tokenizer, sampling)

@@ -42,7 +42,7 @@ class SavedSize:
     def line(self) -> str:
         """Return both in words."""
         if self.after is None:
-            return f"{self.before:,} before; after: known once the run has measured what can go"
+            return f"{self.before:,} before; after: known once the run has chosen what to remove"
         about = "at most " if self.at_most else "" if self.is_exact else "about "
         return f"{self.before:,} of weights before, {about}{self.after:,} after"
 

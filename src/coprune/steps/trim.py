@@ -82,7 +82,7 @@ class Trim(StepOfRecipe):
 
     @classmethod
     def told(cls, recipe: Recipe, chosen: Chosen, blocks: Sequence[Block]) -> str:
-        return f"{', '.join(recipe.remove.parts)} of the tokens stay or go, with their rows"
+        return f"cut tokens and their rows: {', '.join(recipe.remove.parts)}"
 
     def check(self) -> None:
         check_trim(self.whole.recipe, self.whole.processes.size)
@@ -151,7 +151,7 @@ def check_trim(recipe: Recipe, processes: int) -> None:
     model = recipe.output.model
     if recipe.remove.kinds or recipe.prune.asks_for_zeros:
         if recipe.output.as_gguf:
-            both = f"{model} would be a GGUF file, and what else is asked for leaves a folder"
+            both = f"{model} would be a GGUF file, but the other steps of this run leave a folder"
             raise BadInput(both, field="save_model", value=model, fix="name a folder, and export that")
         return
     for field, asked in (("tasks", recipe.evaluate.runs_tasks), ("generate", recipe.evaluate.answers.is_asked)):

@@ -48,7 +48,7 @@ class SpeechInputs:
         random.Random(self._recipe.calibrate.seed).shuffle(order)
         rows = [found.rows[row] for row in order[:nsamples]]
         if len(rows) < nsamples:
-            reporter.say(f"{name} has {len(rows)} recordings, so {len(rows)} samples are all that there are.")
+            reporter.say(f"{name} has {len(rows)} recordings, so only {len(rows)} samples are used.")
         features, said, how = self.features(rows), [row.said for row in rows], ""
         if None in said:
             with self._loaded.whole(Reporter(quiet=True)):
@@ -65,7 +65,7 @@ class SpeechInputs:
         """Return the recordings of the calibration data with their transcripts. Raises BadInput if one is missing."""
         rows = read_recordings(self._recipe.calibrate.data).rows
         if (silent := next((row for row in rows if row.said is None), None)) is not None:
-            raise BadInput(f"nobody tells what is said in {silent.file}", field="dataset", fix=HINT)
+            raise BadInput(f"{silent.file} has no transcript", field="dataset", fix=HINT)
         return self._drawn(len(rows), reporter)
 
     def probe(self, samples: Samples[Pairs] | None, data: Mapping[str, Data]) -> Tensor:

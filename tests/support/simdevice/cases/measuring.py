@@ -142,7 +142,7 @@ def goes_on(folder: Path) -> str:
         with pytest.raises(coprune.OutOfMemory, match=r"prune: model\.layers\.0: Simulated device") as caught:
             run("pruned", reporter, batch_size=16)
         said = str(caught.value)
-        assert "goes on after its last finished block with batch_size=1" in said
+        assert "resumes after its last finished block with batch_size=1" in said
         del caught  # and its frames' tensors on the device
         gc.collect()
         told = Reporter(quiet=True)
