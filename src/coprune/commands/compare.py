@@ -9,11 +9,13 @@ import typer
 
 from coprune.base.environment import importing
 from coprune.base.words import Command
-from coprune.commands.options import measuring_options, with_options
+from coprune.commands.options import MeasuringCommand, help_all_option, measuring_options, with_options
 from coprune.commands.terminal import show, show_next
 
+READ_WITH = {"cls": MeasuringCommand}
 
-@with_options(measuring_options())
+
+@with_options([*measuring_options(), help_all_option()])
 def compare(
     models: Annotated[
         list[str],
@@ -46,7 +48,8 @@ def compare(
 
     for field, file in (("json", json_file), ("csv", csv_file), ("markdown", markdown_file), ("page", page_file)):
         require_file(file, field)
-    found = compare(models, evaluation_cache=evaluation_cache, fresh=fresh, quiet=quiet, **settings)
+    typed: Any = {name: value for name, value in settings.items() if value is not None}
+    found = compare(models, evaluation_cache=evaluation_cache, fresh=fresh, quiet=quiet, **typed)
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     if csv_file is not None:

@@ -9,14 +9,16 @@ import typer
 
 from coprune.base.environment import importing
 from coprune.base.words import Command, Set, Words
-from coprune.commands.options import measuring_options, with_options
+from coprune.commands.options import MeasuringCommand, help_all_option, measuring_options, with_options
 from coprune.commands.recipe_options import ModelArgument, ModelOption, look_at_texts, named_model
 from coprune.commands.terminal import end_unless_held, show, show_next
 from coprune.model.checkpoint.glance import writes_text
 from coprune.recipe.views import measuring_recipe
 
+READ_WITH = {"cls": MeasuringCommand}
 
-@with_options(measuring_options())
+
+@with_options([*measuring_options(), help_all_option()])
 def evaluate(
     model: ModelArgument = None,
     model_option: ModelOption = None,
@@ -35,13 +37,14 @@ def evaluate(
 
     require_file(json_file, "json")
     named = named_model(model, model_option, Command("evaluate", "smollm2-135m", Set("data", "embedded")))
-    recipe = measuring_recipe(named, {name: value for name, value in settings.items() if value is not None})
+    typed: Any = {name: value for name, value in settings.items() if value is not None}
+    recipe = measuring_recipe(named, typed)
     if writes_text(named, recipe.model.cache_dir):
         look_at_texts(recipe, calibrates=False)
     with importing():
         from coprune.evaluation.evaluate_call import evaluate
 
-    found = evaluate(named, against=against, quiet=quiet, **settings)
+    found = evaluate(named, against=against, quiet=quiet, **typed)
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     show(str(found))

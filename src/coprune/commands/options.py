@@ -74,6 +74,15 @@ class TrainingCommand(ShortCommand):
         return name not in _NAMED_TWICE and common
 
 
+class MeasuringCommand(ShortCommand):
+    """A `ShortCommand` that measures without pruning, where settings have other names."""
+
+    def is_shown_short(self, name: str) -> bool:
+        """Return whether the short help shows a parameter."""
+        word = MEASURING[name].word if name in MEASURING else None
+        return name not in _NAMED_TWICE and (word is None or (word in FIELDS and is_common(FIELDS[word])))
+
+
 def _apart(told: str) -> tuple[str, str | None]:
     """Split a help text from the default in brackets at its end."""
     found = re.fullmatch(r"(.*) \[([^\[\]]*)\]", told, re.DOTALL)
@@ -153,7 +162,7 @@ def _option(
     if details:
         most = [detail.removeprefix(leaf.part.prefix) for detail in dict.fromkeys(details.values())][:_FEW]
         command = "finetune" if leaf.path[0] == "train" else "eval"
-        more = f" … (coprune {command} --help)" if len(details) > _FEW else ""
+        more = f" … (coprune {command} --help-all)" if len(details) > _FEW else ""
         told = f"{told} Options behind a colon: {', '.join(most)}{more}."
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
     option = typer.Option(

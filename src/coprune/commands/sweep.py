@@ -72,13 +72,8 @@ def sweep(
         {model: smollm2-135m, dataset: embedded, seqlen: 512, nsamples: 32,
          method: [wanda, sparsegpt, magnitude], pattern: [unstructured, "2:4"], seed: [0, 1], save: out/table}
 
-    Under sweep: a file may also have zip (lists that advance together), include, exclude and folders; see docs/sweeps.md.
-
-    Results: results.md, results.csv, results.parquet and report.html in the sweep's folder, beside one folder per run.
-
-    After Ctrl-C or a crash, run the same command again to resume: finished runs are not repeated.
-
-    Options of prune given here override the file for all runs.
+    Run the same command again to resume: finished runs are not repeated. Options of prune given here override the file
+    for all runs; docs/sweeps.md says what else a file may have, and what the sweep's folder holds.
     """
     typed = {name: value for name, value in settings.items() if value is not None}
     typed |= ({"model": model} if model else {}) | {"retries": retries}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
 from coprune.base.progress import NO_BAR, Reporter
-from coprune.base.words import LeaveOut, Set, Sheet, Shown, per_cent, say
+from coprune.base.words import LeaveOut, Sheet, Shown, per_cent
 from coprune.data.keyword_arguments import PruneArguments
 from coprune.evaluation.tasks import task_for
 from coprune.model.bare_configuration import Imagined
@@ -244,7 +244,7 @@ class Inspection(Shown):
 
     def _removals(self) -> Iterator[str]:
         for part, gone in self.removable.items():
-            yield f"{say(Set('remove', part))}: {gone:,} parameters, {per_cent(gone / self.parameters, 0)} of the model"
+            yield f"{part}: {gone:,} parameters, {per_cent(gone / self.parameters, 0)} of the model"
 
     def _in_all(self) -> str:
         chosen, share = self.chosen, self.target.sparsity
