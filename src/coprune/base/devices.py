@@ -133,7 +133,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error of torch or Python means that a device or the host is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # Torch's allocators of the host and of Apple's GPUs raise no type of their own.
+    # Torch's allocators for the host and Apple's GPUs have no error types of their own.
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
@@ -150,7 +150,7 @@ def memory_within(place: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def enough_memory(fix: Words, stage: Callable[[], str] | None = None) -> Iterator[None]:
-    """Replace an out-of-memory error by one message. fix: what would take less; stage: returns the current step."""
+    """Replace an out-of-memory error by one message. fix: settings that need less; stage: returns the current step."""
     try:
         yield
         return

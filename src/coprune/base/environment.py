@@ -91,17 +91,17 @@ def named_compiler() -> str | None:
 
 
 def datasets_cache() -> str | None:
-    """Return the folder that the user named for the Hub's data sets, or None."""
+    """Return the user's folder for the Hub's datasets, or None."""
     return os.environ.get("HF_DATASETS_CACHE")
 
 
 def llama_cpp_place() -> str | None:
-    """Return the place of llama.cpp that the user named (LLAMA_CPP), or None."""
+    """Return the user's location of llama.cpp (LLAMA_CPP), or None."""
     return os.environ.get("LLAMA_CPP")
 
 
 def program_folders() -> list[Path]:
-    """Return the folders in which programs are looked for."""
+    """Return the folders on the search path of programs."""
     return [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
 
 

@@ -2,7 +2,7 @@
 
     CopruneError              anything that stops a run with a message instead of a traceback
     ├── BadInput              invalid input; also a ValueError
-    ├── NumericalError        the numbers do not allow an honest result
+    ├── NumericalError        the values allow no meaningful result
     ├── UnsupportedModel      the walk cannot reproduce the model
     ├── VerificationError     a saved model differs from what was computed
     ├── BrokenMask            a pruned weight is not zero any more
@@ -80,7 +80,7 @@ class BadInput(CopruneError, ValueError):
 
 
 class NumericalError(CopruneError):
-    """The numbers do not allow an honest result: NaN activations, a Hessian that no damping repairs."""
+    """The values allow no meaningful result: NaN activations, a Hessian that no damping repairs."""
 
 
 class UnsupportedModel(CopruneError):
@@ -88,7 +88,7 @@ class UnsupportedModel(CopruneError):
 
 
 class VerificationError(CopruneError):
-    """A saved model is not the one that was computed: another mask, or other logits."""
+    """A saved model differs from the computed one: another mask, or other logits."""
 
 
 class BrokenMask(CopruneError):
@@ -136,8 +136,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str], field: str | None =
     A long table is only listed if it has no near match.
 
     Args:
-        kind: what the name refers to, for the message.
-        name: what was given.
+        kind: the kind of thing named, for the message.
+        name: the unknown name.
         known: the names in the table.
         field: the setting that was given the name.
     """

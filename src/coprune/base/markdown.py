@@ -57,7 +57,7 @@ def values_in(settings: Any) -> Iterable[str]:
 def without_places(text: str, settings: Any) -> str:
     """Return text with local files reduced to their names, since paths are private.
 
-    settings: in which paths may be that hold spaces, and so are known from them alone.
+    settings: may have paths with spaces, which cannot be recognised in the text alone.
     """
     known = {value for value in values_in(settings) if value.startswith("/") and len(Path(value).parts) > 2}
     for place in sorted(known, key=len, reverse=True):

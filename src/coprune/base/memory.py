@@ -58,7 +58,7 @@ def unread_weights() -> int:
     A model loaded this way uses little memory before its first forward pass, and all of its weights after it.
     """
     try:
-        # Of all mappings alone, the system is quick; of what is in memory of each, it is not.
+        # Listing mappings is fast; listing how much of each is in memory is slow.
         if b".safetensors\n" not in Path("/proc/self/maps").read_bytes():
             return 0
         told = Path("/proc/self/smaps").read_bytes()
@@ -100,12 +100,12 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-# Parameters of glibc's mallopt: what it has to be left of free memory at the end to give it back, what it asks the system
-# for by itself, and how many of those there may be.
+# Parameters of glibc's mallopt: free memory at the top of the heap above which it is returned, size from which an allocation
+# gets its own mapping, and the maximum number of such mappings.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
 _USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
-"""The library's own limits, as far as it lets them grow by itself while large pieces come and go."""
+"""Upper limits to which glibc itself raises its thresholds while large blocks are allocated and freed."""
 
 
 _depth = 0
@@ -138,4 +138,4 @@ def _tell(options: dict[int, int]) -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
-_region: tuple[mmap.mmap, int] | None = None  # the one being filled, and where it is free
+_region: tuple[mmap.mmap, int] | None = None  # the region being filled, and its first free byte

@@ -29,8 +29,8 @@ def one_of(
 def with_options(default: Configurable, kind: str, name: str, options: Mapping[str, object]) -> Configurable:
     """Copy a dataclass instance with some of its fields changed.
 
-    kind and name are for messages ("method", "sparsegpt"). Raises BadInput for an option that is no field, a value
-    of another type, or one that the class's own check refuses.
+    kind and name are for messages ("method", "sparsegpt"). Raises BadInput for an unknown option, a value of
+    another type, or one that the class's own check refuses.
     """
     fields = {field.name for field in dataclasses.fields(default)}  # type: ignore[arg-type]
     hints = get_type_hints(type(default))

@@ -39,7 +39,7 @@ def _in_child(pattern: str, text: str) -> str:
 
 
 def _search(pattern: str, text: str) -> str:
-    """Runs in the child."""
+    """Search in the child process; return the answer as text."""
     try:
         return "yes" if _compiled(pattern).search(text, timeout=_SECONDS) else "no"
     except TimeoutError:

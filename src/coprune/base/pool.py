@@ -42,7 +42,7 @@ _GRACE = 10.0
 """Seconds in which a stopped worker may remove its temporary files."""
 _ANSWERS_WITHIN = 10.0
 """Seconds that a cluster may take to answer."""
-_OBJECTS = 100 << 20  # jobs and what they return are all that passes through Ray's object store
+_OBJECTS = 100 << 20  # Ray's object store only holds jobs and their results
 
 
 class Job(Protocol):
@@ -130,7 +130,7 @@ class Workers(Protocol):
     """Maximum number of jobs at a time."""
 
     def has_room(self, job: Job, running: Collection[Job]) -> bool:
-        """Return whether a job can run beside others, of which there is at least one."""
+        """Return whether a job can run beside the running ones, of which there is at least one."""
         ...
 
     def submit(self, job: Job) -> Future[Outcome]:
@@ -138,7 +138,7 @@ class Workers(Protocol):
         ...
 
     def outcome(self, future: Future[Outcome]) -> Outcome:
-        """Return how a job ended whose future is done."""
+        """Return the outcome of a job whose future is done."""
         ...
 
     def stop(self) -> None:
@@ -151,7 +151,7 @@ def workers_at(ray: str | None, log: Path) -> Workers:
 
     Args:
         ray: address as `ray.init` takes it, or `local` for a temporary cluster; None for processes.
-        log: file for what libraries print in processes.
+        log: file for the output of libraries in processes.
     """
     return LocalWorkers(log) if ray is None else RayWorkers(ray)
 
@@ -162,12 +162,12 @@ def run_all(jobs: Sequence[AnyJob], workers: Workers, retries: int) -> Iterator[
     After an exception, also in the consumer, running jobs are left to `workers.stop`.
 
     Args:
-        jobs: with different names.
-        workers: where they are done.
-        retries: of a job that lost its process or met an unforeseen error.
+        jobs: the jobs, with distinct names.
+        workers: the workers that execute them.
+        retries: number of retries after a lost process or an unforeseen error.
 
     Yields:
-        A job and how it ended; again later if `Outcome.again`.
+        Each job with its outcome; again later if `Outcome.again`.
     """
     waiting, running, tries = deque(jobs), dict[Future[Outcome], AnyJob](), Counter[str]()
     while waiting or running:
@@ -256,7 +256,7 @@ class LocalWorkers:
                 return slot.future
             self._end(slot)
         slot = self._slot(job.gpu)
-        # Ctrl-C reaches every process of a terminal, but this one decides what to do: what it starts now inherits the mask.
+        # Ctrl-C reaches every process of a terminal, but only this one handles it: processes started now inherit the mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             slot.future = slot.executor.submit(do_job, job)
@@ -268,7 +268,7 @@ class LocalWorkers:
         error = future.exception()
         if error is None:
             return future.result()
-        if not isinstance(error, BrokenProcessPool | KeyboardInterrupt):  # what cannot be sent between processes
+        if not isinstance(error, BrokenProcessPool | KeyboardInterrupt):  # an error that cannot be pickled
             return Outcome(cause=Cause.BROKEN, reason=f"{type(error).__name__}: {error}")
         for slot in [one for one in self._slots if one.future is future]:
             self._end(slot)  # once its process has ended, the locks on its files are free for the next
@@ -279,7 +279,7 @@ class LocalWorkers:
         slots, self._slots = self._slots, []
         for slot in slots:
             if not slot.idle:
-                with suppress(OSError):  # it ends by itself
+                with suppress(OSError):  # it may have ended already
                     slot.stopping.send(None)
         for slot in slots:
             slot.close()
@@ -300,7 +300,7 @@ class LocalWorkers:
 
 
 def _gpus() -> list[str]:
-    """Return the GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs visible to this process, as in CUDA_VISIBLE_DEVICES."""
     from coprune.base.devices import accelerators
 
     count, named = accelerators(), visible_gpus()
@@ -334,7 +334,7 @@ def _end_when(told: Connection) -> None:
 
 
 class RayWorkers:
-    """Tasks of a Ray cluster, each of which asks for the cores, memory and GPU of its job.
+    """Tasks of a Ray cluster, each requesting the cores, memory and GPU of its job.
 
     address: as `ray.init` takes it, or `local`. Raises BadInput if Ray is not installed or no cluster answers.
     """
@@ -354,7 +354,7 @@ class RayWorkers:
         self._task, self._running = ray.remote(_do_in), dict[Future[Outcome], Any]()
 
     def has_room(self, job: Job, running: Collection[Job]) -> bool:
-        return True  # which Ray decides by what the tasks ask for
+        return True  # Ray decides by the tasks' requests
 
     def submit(self, job: Job) -> Future[Outcome]:
         needed: dict[str, Any] = {"num_cpus": job.threads, "num_gpus": int(job.gpu), "memory": job.memory or None}
@@ -379,7 +379,7 @@ class RayWorkers:
 
 
 def _do_in(job: Job, folder: Path) -> Outcome:
-    """Do a job on a node of the cluster. folder: which relative paths of the job are relative to."""
+    """Do a job on a node of the cluster. folder: base of the job's relative paths."""
     os.chdir(folder)
     return do_job(job)
 
@@ -396,7 +396,7 @@ def _import_ray() -> Any:
 def _connect(ray: Any, address: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == LOCAL:
-        give_ray_its_share()  # as local processes have theirs
+        give_ray_its_share()  # the same priority as local processes
         ray.init("local", include_dashboard=False, object_store_memory=_OBJECTS, **quiet)
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -1,8 +1,7 @@
 """Choosing which weights of a matrix to keep, by their scores.
 
-A score is float, out × in, and larger means more important. A mask is boolean and True where a weight is kept. Ties go
-the same way everywhere: of equal scores the one with the lower index is pruned first, as a stable ascending sort would
-have it.
+A score is float, out × in, and larger means more important. A mask is boolean and True where a weight is kept. Ties are
+resolved alike everywhere: of equal scores the one with the lower index is pruned first, as in a stable ascending sort.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
 
     Args:
         score: O × I float.
-        pruned: how many entries of each row to prune.
+        pruned: number of entries to prune per row.
 
     Returns:
         O × I bool.
@@ -62,7 +61,7 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
     threshold = kernel("find_smallest", score.device)(score, pruned)
     keep: Tensor = score > threshold
     tied = score == threshold
-    # Of the entries at the threshold only so many are pruned as the strictly smaller ones leave to prune.
+    # Of the entries at the threshold, prune only those still needed after the strictly smaller ones.
     quota = pruned - (score < threshold).sum(dim=1, keepdim=True)
     # On a device an empty addition is cheaper than a read that would avoid it.
     if not in_host_memory(score.device) or bool((tied.sum(dim=1, keepdim=True) > quota).any()):
@@ -76,7 +75,7 @@ def keep_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
 
     Args:
         score: O × I float.
-        n: how many to keep of each group.
+        n: number to keep per group.
         m: size of a group.
 
     Returns:
@@ -92,7 +91,7 @@ def keep_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def most_kept(keep: Tensor, group: int) -> int:
-    """Return the most weights that any group of inputs keeps. keep: O × I bool, the group's size divides I."""
+    """Return the maximum number of kept weights in any group of inputs. keep: O × I bool; the group's size divides I."""
     return int(keep.reshape(keep.shape[0], -1, group).sum(dim=2).max())
 
 
@@ -101,7 +100,7 @@ def tightest_groups(keep: Tensor, sizes: Iterable[int], slack: float) -> tuple[i
 
     Args:
         keep: O × I bool.
-        sizes: which M to try, ascending.
+        sizes: values of M to try, ascending.
         slack: share of the weights that may be missing from the groups; small unstructured matrices follow some N:M
             by chance, but with many groups that hold fewer than N.
 

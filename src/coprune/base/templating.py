@@ -1,4 +1,4 @@
-"""Pages, cards and tables from templates, which lie in `templates/` of the room that they belong to."""
+"""Pages, cards and tables from the templates in each package's folder `templates/`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _environment() -> Environment:
 
 
 def render(template: str, **facts: Any) -> str:
-    """Return a template with its facts. template: path within the package, such as `report/templates/page.html.j2`."""
+    """Render a template with facts. template: path within the package, such as `report/templates/page.html.j2`."""
     return _environment().get_template(template).render(facts)
 
 

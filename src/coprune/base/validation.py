@@ -122,7 +122,7 @@ def read_yaml(path: Path, what: str, field: str) -> Any:
         field: the setting that named it.
 
     Raises:
-        BadInput: it cannot be read, is no UTF-8 or no YAML, or its aliases stand for more than a file can hold.
+        BadInput: it cannot be read, is not UTF-8 or YAML, or its aliases expand to too many values.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
@@ -138,7 +138,7 @@ def read_yaml(path: Path, what: str, field: str) -> Any:
         raise _refused(path, what, field, "is nested too deeply or contains itself") from None
     except BadInput:
         raise
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter of dates and numbers that are none
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two for invalid dates and numbers
         said = next(iter(str(error).splitlines()), repr(error))
         raise _refused(path, what, field, f"is not valid YAML: {said[:200]}") from None
 
@@ -161,7 +161,7 @@ def _loaded(text: str) -> Any:
 
 
 def _deepest(text: str) -> int:
-    """Return the depth of open brackets, on which the parser can take minutes."""
+    """Return the depth of open brackets, since the parser takes minutes for deep ones."""
     deepest = level = 0
     for bracket in re.findall(r"[\[{\]}]|(?:[-?][ \t]+)+", text):
         if bracket[0] in "-?":  # lists in lists on one line
@@ -173,7 +173,7 @@ def _deepest(text: str) -> int:
 
 
 def _refuse_doubles(root: yaml.Node) -> None:
-    """Raise YAMLError for a key that a mapping has twice, of which the last would win silently."""
+    """Raise YAMLError for a duplicate key in a mapping, whose last value would win silently."""
     left, seen = [root], set[int]()
     while left:
         node = left.pop()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Piece(Protocol):
-    """A part of a message that depends on the face."""
+    """A part of a message that depends on the interface."""
 
     def said_in(self, face: Face) -> str:
         """Return the piece as text."""
@@ -32,7 +32,7 @@ Words = str | Piece | tuple[str | Piece, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting, whatever its value: `save_model=…`, `--save-model`."""
+    """A setting without a particular value: `save_model=…`, `--save-model`."""
 
     name: str
 
@@ -42,7 +42,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Set:
-    """A setting with a value: `stream=False`, `--no-stream`; the value `...` stands for one of the user's choice."""
+    """A setting with a value: `stream=False`, `--no-stream`; the value `...` is for the user to choose."""
 
     name: str
     value: Any
@@ -77,7 +77,7 @@ class Command:
 
     Args:
         name: the function's name.
-        parts: what it is called with; text in capitals stands for something of the user's choice.
+        parts: its arguments; text in capitals is for the user to choose.
     """
 
     name: str
@@ -95,14 +95,14 @@ class Face:
     """Names of settings and commands in an interface; this class is Python's."""
 
     between = ", "
-    """Separator of settings that are given together."""
+    """Separator between settings."""
 
     def name(self, setting: str) -> str:
         """Return a setting's name."""
         return setting
 
     def setting(self, name: str) -> str:
-        """Return a setting to which a value is to be given."""
+        """Return a setting that needs a value."""
         return f"{name}=…"
 
     def set(self, name: str, value: Any) -> str:
@@ -189,7 +189,7 @@ Fact = TypeVar("Fact")
 
 @dataclass(frozen=True)
 class Cell:
-    """A text of a table that is emphasised, or leads to a page."""
+    """A table cell, optionally emphasised or linked to a page."""
 
     text: str
     strong: bool = False

@@ -50,7 +50,7 @@ class Reuse:
     among_others: bool = False
     """Whether more runs on the same model follow, so that statistics and estimates are stored as well."""
     texts: Texts | None = None
-    """None to tokenise every text anew."""
+    """None to tokenise every text again."""
     saved: Saved = field(default_factory=Saved)
 
     def tokens(self, model: str, key: tuple[Hashable, ...], read: Callable[[], Tokens]) -> Tokens:

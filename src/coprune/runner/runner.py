@@ -36,7 +36,7 @@ def go(
         reporter: reports reused steps.
         processes: the processes of the run; all of them call this.
         taking: entered once, by the first step that is executed, around its first write.
-        anew: whether to execute every step, reusing nothing.
+        anew: whether to execute every step without reusing results.
         replaces: whether to replace another run's work in a step's folder.
 
     Returns:

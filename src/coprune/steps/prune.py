@@ -68,7 +68,7 @@ class Prune(StepOfRecipe):
         own = without_training(recipe).model_copy(update={"remove": RemovePart()})
         if not recipe.remove.kinds:
             return own
-        # Answers are held against conditions where the dense model's are known, which is not there; but they are looked at.
+        # Conditions are judged on the whole run, which knows the dense model's answers; here answers are only generated.
         require = "loops>=0" if own.evaluate.answers.conditions else None
         allocation = UNIFORM if allocates_units(recipe) else recipe.prune.allocation
         return own.replaced(allocation=allocation, evaluate_dense=False, prompt="", require=require)

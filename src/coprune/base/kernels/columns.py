@@ -1,20 +1,19 @@
-"""The operation `walk_columns`: SparseGPT's walk through one block of a weight's columns (arXiv 2301.00774).
+"""The operation `walk_columns`: SparseGPT's update of one block of a weight's columns (arXiv 2301.00774).
 
-A column is what one input multiplies, the weights of all O outputs; C columns that follow each other are a block. With U
-the upper factor of the inverse Hessian, zeroing the weight w in column j is made good best by taking w · U_jk / U_jj off
-every later column k of its row. So, for the columns of a block in order:
+A column holds the weights of one input to all O outputs; a block is C consecutive columns. With U the upper factor of the
+inverse Hessian, zeroing the weight w in column j is compensated best by subtracting w · U_jk / U_jj from every later column k
+of its row. So, for the columns of a block in order:
 
-    w_j  −=  Σ_{i<j} e_i · unit_ij        the errors that earlier columns of the block left
+    w_j  −=  Σ_{i<j} e_i · unit_ij        the errors of the block's earlier columns
     e_j   =  w_j where it is pruned, else 0
     w_j   =  0 where it is pruned
 
-Which weights are pruned is either given, or chosen in groups of M columns, when all errors before the group are in its
-weights and none of its own: the N with the largest w² / pivot² of every row and group are kept, and of equal ones those
-with the higher index.
+The mask is either given, or chosen in groups of M columns, after the errors of all earlier columns and before those of the
+group are applied: of every row and group the N weights with the largest w² / pivot² are kept, of equal ones those with the
+higher index.
 
-All kernels take a `ColumnBlock` and write `columns`, `errors` and, where they choose, `keep`. They give the same, up to
-rounding; scores that differ by less than rounding may change places. Weights that are not finite give errors or weights
-that are not finite.
+All kernels take a `ColumnBlock` and write `columns`, `errors` and, if they choose the mask, `keep`. Their results are equal up
+to rounding, which may also decide between nearly equal scores. Non-finite weights give non-finite errors or weights.
 """
 
 from __future__ import annotations
@@ -29,34 +28,34 @@ from coprune.base.kernels.ranks import rank_in_groups
 from coprune.base.native import solving
 
 STRIP = 32
-"""Columns that are brought up to date together: few enough that a column's own update reads little memory."""
+"""Number of columns updated together, few enough that the update of a single column reads little memory."""
 
 
 Put = Callable[[Tensor, int], Tensor]
-"""Gives the values nearest to some of a column's (O float32) on the grid that it is stored on; which column of the block."""
+"""Rounds values of a column (O float32) to the grid on which it is stored, given its index in the block."""
 
 
 class ColumnBlock(NamedTuple):
-    """Columns that are walked through together, transposed: a column's weights lie contiguous in memory."""
+    """A block of columns, transposed, so that each column's weights are contiguous in memory."""
 
     columns: Tensor
-    """C × O float32, contiguous, brought up to date with earlier blocks; written in place. Dead inputs' are zero."""
+    """C × O float32, contiguous, with the errors of earlier blocks applied; updated in place. Zero for dead inputs."""
     keep: Tensor
-    """C × O bool, contiguous, True where a weight is kept: given, or written where N of M are chosen."""
+    """C × O bool, contiguous, True where a weight is kept: given, or written if N of M are chosen."""
     errors: Tensor
-    """C × O float32, contiguous; written: the weights that were pruned, for the columns after the block."""
+    """C × O float32, contiguous; written: the pruned weights, to be applied to the columns after the block."""
     unit: Tensor
     """C × C float32, rows of U divided by their pivots: upper triangular with ones on the diagonal. Any strides."""
     pivots: Tensor
     """C float32, contiguous: the diagonal of U."""
     n_of_m: tuple[int, int] | None
-    """N and M to choose by, M dividing C; None where the mask is given."""
+    """N and M of the choice, M dividing C; None if the mask is given."""
 
 
 def walk_with_torch(block: ColumnBlock, put: Put | None = None) -> None:
     """Update the columns with torch, on any device: a few small operations per column.
 
-    put: rounds what is kept of a column to a grid, zero to zero; what that changes is an error as what is pruned is.
+    put: rounds a column's kept weights to a grid, zero to zero; the change counts as an error, like pruned weights.
     """
     columns, keep, errors, unit, pivots, n_of_m = block
     size = columns.shape[0]
@@ -82,12 +81,12 @@ def walk_natively(block: ColumnBlock) -> None:
 
 
 def push_errors(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
-    """Take earlier columns' errors off later columns, in place.
+    """Subtract earlier columns' errors from later columns, in place.
 
     Args:
         columns: C × O float32, the later columns.
-        errors: E × O float32, of the earlier ones.
-        unit: E × C float32, of the factor.
+        errors: E × O float32, of the earlier columns.
+        unit: E × C float32, part of the factor.
     """
     if errors.shape[0] and columns.shape[0]:
         columns.addmm_(unit.T, errors, alpha=-1)
@@ -96,7 +95,7 @@ def push_errors(columns: Tensor, errors: Tensor, unit: Tensor) -> None:
 def _walk_group(block: ColumnBlock, put: Put | None) -> None:
     """Update one group of columns with a known mask, strip by strip; columns and errors are written in place.
 
-    Each column adds the errors before it when its turn comes, which reads what pushing forward would read and write.
+    Each column collects the earlier errors when it is processed; pushing them forward would also write what this only reads.
     """
     columns, keep, errors, unit, _, _ = block
     pruned = (~keep).to(columns.dtype)

@@ -20,7 +20,7 @@ from coprune.base.kernels.columns import ColumnBlock, walk_with_torch
 
 ROWS = 32
 LARGEST_GROUP = 16
-"""Entries of a group that is chosen from: all pairs of them are compared at once, in registers."""
+"""Maximum size of a group to choose from: all pairs of its entries are compared at once, in registers."""
 
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
@@ -48,13 +48,13 @@ def _update(  # type: ignore[no-untyped-def]
             for a in tl.static_range(M):
                 weight = _pushed(columns, unit, errors, row, exists, rows, down, right, first + a, 0, first, SIZE)
                 tl.store(columns + (first + a) * rows + row, weight, mask=exists)
-            tl.debug_barrier()  # what other threads stored is read next
+            tl.debug_barrier()  # values stored by other threads are read next
             group = (first + lane)[:, None] * rows + row[None, :]
             score = tl.load(columns + group, mask=exists[None, :], other=0.0)
             score = score / tl.load(pivots + first + lane)[:, None]
             score = score * score
             beaten = score[:, None, :] < score[None, :, :]
-            # Of equal scores the one with the lower index falls first.
+            # Of equal scores the one with the lower index is pruned first.
             equal = (score[:, None, :] == score[None, :, :]) & (lane[:, None] < lane[None, :])[:, :, None]
             rank = tl.sum((beaten | equal).to(tl.int32), axis=0)
             tl.store(keep + group, (rank >= PRUNED).to(tl.uint8), mask=exists[None, :])
@@ -100,7 +100,7 @@ def is_proven(device: torch.device) -> bool:
     walk_with_torch(by_torch)
     try:
         launch(by_kernel)
-    except Exception:  # of its compiler, of the C compiler that it calls, of the driver: each has types of its own
+    except Exception:  # Triton's compiler, the C compiler and the driver each have their own error types
         return False
     pairs = zip(by_torch[:3], by_kernel[:3], strict=True)
     return all(torch.allclose(wanted.float(), found.float(), atol=1e-4) for wanted, found in pairs)

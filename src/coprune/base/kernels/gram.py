@@ -1,8 +1,8 @@
-"""The operations on sums of products of inputs, of which only one half is computed.
+"""The operations on symmetric sums of products of inputs, of which only one half is computed.
 
-`panel_size`: width → how many rows of the I × I sums form a panel. `add_to_gram`: (sums I × I float32, inputs T × I
-floating, size of a panel, a multiple of 64 or at least I) adds XᵀX in place: on every panel's part of the diagonal, and
-right of it. Elements left of the panels are not changed.
+`panel_size`: width → number of rows of the I × I sums in a panel. `add_to_gram`: (sums I × I float32, inputs T × I floating,
+panel size, a multiple of 64 or at least I) adds XᵀX in place, on every panel's part of the diagonal and to its right.
+Elements left of it are not changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def panel_for_caches(width: int) -> int:
 
 
 def panel_for_devices(width: int) -> int:
-    """Return the whole matrix as one panel, unless a GPU's time is in the products rather than the launches."""
+    """Return the whole matrix as one panel, unless the products take a GPU longer than the launches."""
     return min(width, WIDE_PANEL)
 
 
@@ -56,6 +56,6 @@ def add_on_tensor_cores(gram: Tensor, x: Tensor, panel_size: int) -> None:
 
 
 def add_natively(gram: Tensor, x: Tensor, panel_size: int) -> None:
-    """Add with a native bfloat16 kernel, summed in float32, where the processor has such products."""
+    """Add with a native bfloat16 kernel, summed in float32, if the processor supports it."""
     if not solving.add_to_gram(gram, x, panel_size):
         add_with_torch(gram, x, panel_size)

@@ -1,7 +1,7 @@
 """The table of kernels by operation and device, and the choice from it.
 
 All kernels of an operation have the same signature and give the same results up to rounding; the operation's file says
-what they are. A new kernel is a function there and a line here.
+describes them. A new kernel is a function there and a line here.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ def kernel(operation: Operation, device: torch.device, name: str = "auto") -> Ca
     """Choose the kernel of an operation.
 
     Args:
-        operation: what is to be done.
+        operation: the operation's name.
         device: where its tensors are.
-        name: auto for the first kernel that is there, or the name of one.
+        name: a kernel, or auto for the first one available.
 
     Raises:
-        BadInput: there is no such kernel for this device.
+        BadInput: this device has no kernel of that name.
     """
     for found in KERNELS[operation, kind_of(device)]:
         if name in ("auto", found.name) and found.there():

@@ -70,7 +70,7 @@ def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Ten
     return before, after, wins, torch.arange(size - 1, -1, -1, dtype=torch.float32, device=device)[:, None]
 
 
-_WORTH_A_THREAD = 2**17  # scores, for which NumPy takes as long as it takes to begin a few threads
+_WORTH_A_THREAD = 2**17  # number of scores for which NumPy takes as long as starting a few threads
 
 
 def by_partition(score: Tensor, position: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""The operation `shifted_inverses`: a symmetric matrix's (A + shift · I)⁻¹ for one shift after another.
+"""The operation `shifted_inverses`: (A + shift · I)⁻¹ of a symmetric matrix for a sequence of shifts.
 
 (A, I × I float32; least, a lower bound of its true eigenvalues without dimensions; the smallest shift, above 0) → a function
-that takes a shift (float64 without dimensions, none smaller) and gives I × I float32. What comes with rounding from sums may
-leave A with eigenvalues slightly below `least`.
+from a shift (float64 without dimensions, none smaller) to I × I float32. Rounding of sums may leave A with eigenvalues
+slightly below `least`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def by_eigenvalues(matrix: Tensor, least: Tensor, smallest: float) -> Inverse:
     """Invert with one float64 decomposition, after which a shift costs one product. Raises NumericalError if A is not finite."""
     if not bool(
         torch.isfinite(matrix).all()
-    ):  # now, since a decomposition of such a matrix is an error of another kind
+    ):  # checked here, since decomposing such a matrix would raise another error
         raise NumericalError("the Gram matrix holds NaN or infinite values")
     values, vectors = torch.linalg.eigh(matrix.double())
     values, vectors = values.clamp_min(least.double()).float(), vectors.float()

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 def library_in(folder: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """Yield the library of a folder while it is loaded.
 
-    make: compiles it to a path. It is called where the folder holds no whole library; and where the folder cannot keep
-    one, for a private folder that is removed afterwards. Raises what it raises, and OSError where there is no private
-    folder either.
+    make: compiles it to a path; called if the folder has no complete library or, if the folder cannot store one, for a
+    private folder that is removed afterwards. Raises the errors of `make`, and OSError if there is no private folder
+    either.
     """
     kept = _kept(folder, make)
     if kept is not None:
@@ -60,7 +60,7 @@ def _ours(found: os.stat_result, above: bool) -> bool:
     if found.st_uid not in (0, os.geteuid()):
         return False
     if stat.S_ISLNK(found.st_mode):
-        return True  # its own mode means nothing; whoever may replace it, the folder around it tells
+        return True  # a link's own mode means nothing; its folder decides who may replace it
     others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _private_group(found.st_gid))
     # In a sticky folder nobody can rename or remove another user's files.
     return not others or (above and bool(found.st_mode & stat.S_ISVTX))

@@ -11,7 +11,7 @@ from torch import Tensor
 from coprune.base.native.compilation import load_kernels
 
 TOKENS = 512
-"""Inputs of a Gram matrix that are rearranged together, so that they stay in the second cache."""
+"""Number of inputs of a Gram matrix rearranged together, so that they stay in the second-level cache."""
 
 
 class _ColumnBlock(ctypes.Structure):
@@ -37,7 +37,7 @@ def update_columns(tensors: Sequence[Tensor], group: tuple[int, int]) -> None:
 
     Args:
         tensors: its columns, keep, errors, unit and pivots.
-        group: N and M, or zeros where the mask is given.
+        group: N and M, or zeros if the mask is given.
     """
     library = load_kernels()
     assert library is not None
@@ -57,7 +57,7 @@ def add_to_gram(gram: Tensor, x: Tensor, panel: int) -> bool:
         panel: number of rows per panel; elements left of a panel are not changed.
 
     Returns:
-        Whether there was a kernel to do it.
+        Whether a kernel was available.
     """
     if x.dtype != torch.bfloat16 or (library := load_kernels()) is None:
         return False
