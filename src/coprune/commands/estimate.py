@@ -12,9 +12,8 @@ from coprune.base.files import require_file
 from coprune.base.progress import Reporter
 from coprune.commands.grouped import with_value
 from coprune.commands.options import ShortCommand, with_options
-from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_options
+from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_as_typed, run_options
 from coprune.commands.terminal import show, show_next
-from coprune.recipe.command import command_of
 from coprune.recipe.presets import PRESETS
 
 PRINTED = "-"
@@ -67,4 +66,4 @@ def estimate(
     if file is not None:
         write_text(file, found.to_json() + "\n")
     if json_file != PRINTED:
-        show_next(("run it: ", command_of(recipe)))
+        show_next(("run it: ", run_as_typed(context, typed)))

@@ -11,6 +11,7 @@ from coprune.base.words import Command, Set
 from coprune.commands.options import inspecting_options, with_options
 from coprune.commands.recipe_options import ModelArgument, ModelOption, named_model
 from coprune.commands.terminal import show, show_next
+from coprune.model.checkpoint.glance import PACKAGED
 from coprune.recipe.recipe import make_recipe
 
 _FEW_SAMPLES = 16
@@ -47,7 +48,9 @@ def inspect(
             show_next(("prune it: ", Command("prune", named, *said, Set("save_model", ...))))
         else:  # zeros alone make nothing smaller
             part = next((one for one in found.removable if one.startswith("channels")), next(iter(found.removable)))
-            show_next(("what a removal takes: ", Command("prune", named, Set("remove", part), Set("dry_run", True))))
+            text = [Set("dataset", "embedded")] if named in PACKAGED else []  # whose user may have no network
+            asked = Command("prune", named, Set("remove", part), *text, Set("dry_run", True))
+            show_next(("what a removal takes: ", asked))
         return
     from coprune.stages.plot_matrix import plot_matrix
 

@@ -12,7 +12,7 @@ from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
 from coprune.commands.closing import verdict_on
 from coprune.commands.options import ShortCommand, with_options
-from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_options
+from coprune.commands.recipe_options import METHOD_OPTIONS, recipe_asked, run_as_typed, run_options
 from coprune.commands.terminal import end_unless_held, show, show_next
 from coprune.commands.times import Times, of_any_process
 
@@ -47,7 +47,7 @@ def prune(
     if rank() == 0:  # before torch and transformers are imported, which takes seconds
         reporter.say(f"{recipe.model.name}: {recipe.way}, {recipe.shape}")
     if dry_run:
-        _tell(recipe, typed, reporter)
+        _tell(recipe, context, typed, reporter)
         return
     with importing():
         from coprune.base.processes import joined_processes
@@ -71,15 +71,14 @@ def prune(
         end_unless_held(report.required)
 
 
-def _tell(recipe: Recipe, typed: Mapping[str, Any], reporter: Reporter) -> None:
+def _tell(recipe: Recipe, context: typer.Context, typed: Mapping[str, Any], reporter: Reporter) -> None:
     """Print what a run would do."""
     with importing():
         from coprune.runner.dry_run import dry_run
         from coprune.runner.repeat import where_to
     named = {name for name in ("save", "save_model") if typed[name] is not None}
-    found = dry_run(where_to(recipe, typed["recipe"] is not None, named)[0], reporter)
-    show(str(found))
-    show_next(("run it: ", found.command()))
+    show(str(dry_run(where_to(recipe, typed["recipe"] is not None, named)[0], reporter)))
+    show_next(("run it: ", run_as_typed(context, typed)))
 
 
 def closing(report: Report) -> list[tuple[str, str]]:

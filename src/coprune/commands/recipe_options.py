@@ -100,6 +100,19 @@ def recipe_asked(context: typer.Context, typed: Mapping[str, Any], reporter: Rep
     return recipe_that_fits(chosen)
 
 
+def run_as_typed(context: typer.Context, typed: Mapping[str, Any]) -> Command:
+    """Return the pruning command with the options that were typed for another one.
+
+    Args:
+        context: of the command, which holds the method's own options.
+        typed: the values of `run_options`; None if not typed.
+    """
+    model = one_model(typed["model"], typed["model_option"])
+    first = [] if model is None else [Set("model", model) if model.startswith("-") else model]
+    names = [name for name, value in typed.items() if value is not None and name not in ("model", "model_option")]
+    return Command("prune", *first, *(Set(name, typed[name]) for name in names), *context.args)
+
+
 def look_at(recipe: Recipe) -> None:
     """Raise BadInput for a missing model, text or method before the slow import of torch."""
     name = recipe.prune.method.name

@@ -17,7 +17,6 @@ from coprune.model.checkpoint.locate import GgufFile, Location, locate
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.loaded_model import Loaded, choose_device, streams
 from coprune.model.matrix_choice import choose_matrices
-from coprune.recipe.command import command_of
 from coprune.recipe.recipe import Recipe
 from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE, prepare_folders
 from coprune.run.memory_estimate import Estimate
@@ -64,10 +63,6 @@ class DryRun(Shown):
         if self.refused is not None:
             rows.append(("refused", self.refused))
         return Sheet(self.headline(), rows)
-
-    def command(self) -> str:
-        """Return the command that starts the run."""
-        return command_of(self.recipe)
 
 
 def dry_run(recipe: Recipe, reporter: Reporter) -> DryRun:
