@@ -15,6 +15,8 @@ from coprune.model.checkpoint.glance import PACKAGED
 from coprune.recipe.recipe import make_recipe
 
 _FEW_SAMPLES = 16
+_USUAL = ("experts=0.25", "channels=0.25")
+"""Removals that are proposed first, where a model has such parts."""
 
 
 @with_options(inspecting_options())
@@ -47,7 +49,7 @@ def inspect(
         if said or not found.removable:
             show_next(("prune it: ", Command("prune", named, *said, Set("save_model", ...))))
         else:  # zeros alone make nothing smaller
-            part = next((one for one in found.removable if one.startswith("channels")), next(iter(found.removable)))
+            part = next(one for one in (*_USUAL, *found.removable) if one in found.removable)
             text = [Set("dataset", "embedded")] if named in PACKAGED else []  # whose user may have no network
             asked = Command("prune", named, Set("remove", part), *text, Set("dry_run", True))
             show_next(("what a removal takes: ", asked))
