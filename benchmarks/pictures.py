@@ -57,12 +57,15 @@ def how_much(model: str) -> list[str]:
 
 
 def frontier() -> alt.VConcatChart:
-    """Draw what is worth its bytes, and its time."""
+    """Draw what is worth its bytes, and its time; of the rows with zeros, those whose names can be read beside each other."""
     rows = []
     for row in figures("frontier-smollm2"):
         *done, stored = row["row"].split()
         kind = " ".join(word for word in done if not word[0].isdigit())
-        label = " ".join([*(word for word in done if word[0].isdigit()), stored])
+        zeros = [word for word in done if word[0].isdigit()]
+        if kind == "balanced by blocks" or zeros in (["70%"], ["80%"]):
+            continue
+        label = " ".join(zeros or [stored])
         named = {"name": row["row"], "kind": kind, "label": label, "stored": stored}
         rows.append(row | named | {"perplexity": row["Wikipedia"]})
     run = [row for row in rows if row["decode"] not in ("", "–")]
