@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,4 +45,5 @@ def export(
 
     how: Any = {name: value for name, value in settings.items() if value is not None}
     show(str(export(model, output, type=kind, quiet=quiet, **how)))
-    show_next(("measure its speed here: ", Command("bench", output)))
+    serve = f"serve it: llama-server -m {shlex.quote(str(output))}; "
+    show_next((serve, "measure its speed here: ", Command("bench", output)))
