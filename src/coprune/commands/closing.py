@@ -43,4 +43,4 @@ def _after_training(report: FinetuneReport) -> Words:
         return ("measure it on other data: ", Command("evaluate", saved, Set("eval_data", ...)))
     if report.answers.degenerates:
         return ("train longer with ", Set("minutes", ...), ", or prune less")
-    return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf"))
+    return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf", Set("type", "q8_0")))

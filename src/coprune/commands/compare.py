@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.environment import importing
-from coprune.base.words import Command
+from coprune.base.words import Command, Set
 from coprune.commands.options import MeasuringCommand, help_all_option, measuring_options, with_options
 from coprune.commands.terminal import show, show_next
 
@@ -67,5 +67,5 @@ def compare(
         show(f"required  {name}: {one.line()}")
     if page_file is not None:
         show(f"page      {page_file}")
-    show_next(("for llama.cpp and Ollama: ", Command("export", models[-1], "OUT.gguf")))
+    show_next(("for llama.cpp and Ollama: ", Command("export", models[-1], "OUT.gguf", Set("type", "q8_0"))))
     end_unless_held(one for _, one in required)

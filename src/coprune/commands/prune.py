@@ -95,7 +95,7 @@ def _next_step(report: Report) -> Words:
         return ("to keep the model, run the same again with ", Set("save_model", ...), " ", Set("overwrite", True))
     if report.answers is None or not report.answers.degenerates:
         if report.model.task == "text" and not recipe.output.as_gguf:
-            return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf"))
+            return ("for llama.cpp and Ollama: ", Command("export", saved, f"{saved.name}.gguf", Set("type", "q8_0")))
         return ("measure its speed here: ", Command("bench", saved))
     if recipe.train.mode is not None:
         return ("prune less, or train longer with ", Set("finetune_minutes", ...))
