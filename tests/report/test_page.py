@@ -11,6 +11,7 @@ import pytest
 
 import coprune
 from coprune.evaluation.zero_shot import Estimate
+from coprune.recipe.recipe import make_recipe
 from coprune.report.card import model_card
 from coprune.report.heat_map import matrix_rows, place_of
 from coprune.report.provenance import MadeFacts, commit_of
@@ -141,6 +142,8 @@ def test_uniform_sparsity_is_one_sentence_on_the_page(runs: list[Path]) -> None:
     first, *others = report.matrices
     uneven = report.model_copy(update={"matrices": [first.model_copy(update={"sparsity": 0.6}), *others]})
     assert "Sparsity per block and kind of matrix" in run_page(uneven)
+    removal = make_recipe({"model": "model", "remove": "channels=0.25"})
+    assert ">Sparsity" not in run_page(uneven.model_copy(update={"recipe": removal}))
 
 
 def test_every_text_has_a_chart(runs: list[Path]) -> None:

@@ -119,9 +119,9 @@ def _cards(report: Report) -> Iterator[Card]:
 
 
 def _matrices(report: Report) -> Iterator[Section]:
-    """Yield sparsity, as a sentence if it is uniform, and layer error."""
+    """Yield sparsity, if there is any (as a sentence if it is uniform), and layer error."""
     rows = matrix_rows(report.matrices, report.model.block_names)
-    shares = [row["sparsity"] for row in rows]
+    shares = [row["sparsity"] for row in rows if report.has_zeros]
     if shares and max(shares) - min(shares) < _SAME:
         least, most = per_cent(min(shares)), per_cent(max(shares))
         said = f"Every pruned matrix is {least} zeros."
