@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,15 @@ def test_an_export_stops_at_a_signal_while_llama_cpp_quantises(
         def append(self, line: str) -> None:
             super().append(line)
             if len(self) == at:
-                os.kill(os.getpid(), sent)
+                os.kill(os.getppid(), sent)
+                time.sleep(60)  # as a call in which no handler runs
 
     monkeypatch.setattr(llama_cpp, "list", Log, raising=False)
     file = write_pico_gguf(pico_model("llama"), tmp_path / "model.gguf")
     words = ["export", file, tmp_path / "small.gguf", "--type", "q4_k_m", "--quiet"]
+    started = time.monotonic()
     ended = run_command([str(word) for word in words], monkeypatch, capsys)
+    assert time.monotonic() - started < 30
     assert ended.code == code
     assert ended.err == "coprune: stopped; nothing half-written was left under its final name.\n"
     assert [left.name for left in tmp_path.iterdir()] == ["model.gguf"]

@@ -8,13 +8,13 @@ import pickle
 import resource
 import signal
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+
+from coprune.base.child import begin_child, end_child, fork
 
 Render = Callable[..., str]
 SECONDS = 10
@@ -42,10 +42,7 @@ class Child:
         self.state = state
         self._lock = threading.Lock()
         (asked, ask), (told, tell) = os.pipe(), os.pipe()
-        with warnings.catch_warnings():
-            # Python warns about forking with threads; the child uses none of their locks.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._process = os.fork()
+        self._process = fork()
         if self._process == 0:
             _serve(render, asked, tell)
         os.close(asked)
@@ -98,21 +95,13 @@ def _end(process: int, *streams: BinaryIO) -> None:
     for stream in streams:
         with suppress(OSError):
             stream.close()
-    with suppress(ProcessLookupError, ChildProcessError):
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+    end_child(process)
 
 
 def _serve(render: Render, asked: int, tell: int) -> None:
     """Render requests, one line each, until the input ends; then end this process."""
     try:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)
-        # The child must not inherit this process's locks and pipes.
-        edges = [2, *sorted((asked, tell)), resource.getrlimit(resource.RLIMIT_NOFILE)[0]]
-        for before, after in pairwise(edges):
-            os.closerange(before + 1, min(after, 1 << 16))
+        begin_child(asked, tell)
         _limit_memory()
         with os.fdopen(asked, "rb") as questions, os.fdopen(tell, "wb") as answers:
             signal.alarm(_IDLE_SECONDS)

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
+from coprune.base.child import interruptible
 from coprune.base.errors import BadInput, CopruneError, unknown_name
 from coprune.base.words import Set
 from coprune.model.checkpoint.names import LLAMA_CPP
@@ -134,14 +135,18 @@ def type_number(name: str) -> int:
 
 
 def quantize(source: Path, target: Path, asked: Quantisation) -> None:
-    """Quantise a float16 file with llama.cpp. Raises BadInput if llama.cpp reports an error.
+    """Quantise a float16 file with llama.cpp, in a child process, since no signal can interrupt it for minutes.
 
     Args:
         source: the file.
         target: the new file.
         asked: types and importance.
+
+    Raises:
+        BadInput: llama.cpp reports an error.
+        LostProcess: the child was killed.
     """
-    _quantizing(source, target, asked, dry=False)
+    interruptible(partial(_quantizing, source, target, asked, dry=False))
 
 
 def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> str:
