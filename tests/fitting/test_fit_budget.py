@@ -14,8 +14,9 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.budget import Budget
 from coprune.fitting.calibration import all_windows, own_count, read_passages, texts_in
-from coprune.fitting.candidates import DENSE, EXACT, Candidate
+from coprune.fitting.candidates import DENSE, EXACT, MIXED, Candidate
 from coprune.fitting.fit_notes import Asked
+from coprune.fitting.making import Done
 from coprune.fitting.reader import Reader
 from coprune.fitting.tasks import Task, read_tasks
 from coprune.fitting.workshop import Workshop
@@ -95,6 +96,19 @@ def test_a_budget_too_short_for_a_proof_is_refused_before_the_search(opened: Ope
     tasks = text_task(tmp_path, 2000)
     with pytest.raises(BadInput, match=r"too short for one candidate; the minimum is about \d"):
         Budget(opened(tasks), 0.5, 1).carried({tasks[0].key: 1000})
+
+
+def test_a_mixture_with_an_i_quant_is_expected_to_take_as_long_as_one(opened: Opening, tmp_path: Path) -> None:
+    workshop = opened(text_task(tmp_path, 40))
+    tried = [plain := Candidate(DENSE, "q4_k_m")]
+    workshop.making.done.complete(workshop.making.key("quant", plain), Done(), 2.0)
+
+    def seconds(type: str, *kinds: str) -> float:
+        types = tuple((f"blk.{number}.ffn_up.weight", kind) for number, kind in enumerate(kinds))
+        return Budget(workshop, 60.0, 1).expected(Candidate(DENSE, type, types=types), tried)
+
+    assert seconds("q6_k") == seconds(MIXED, "q6_k", "q4_k") == 2.0
+    assert seconds("iq3_xxs") == seconds(MIXED, "q6_k", "iq3_xxs") > 2.0
 
 
 def test_a_short_fit_calibrates_on_its_items_only(

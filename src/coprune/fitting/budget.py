@@ -176,4 +176,5 @@ def _first(task: Task, count: int) -> Task:
 
 
 def _is_slow(candidate: Candidate) -> bool:
-    return candidate.type.startswith("iq")
+    """Return whether a candidate has i-quants, for all or for some tensors."""
+    return any(kind.startswith("iq") for kind in (candidate.type, *dict(candidate.types).values()))
