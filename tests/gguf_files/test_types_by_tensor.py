@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from coprune.base.progress import Reporter
+from coprune.gguf_files import sensitivity
 from coprune.gguf_files.importance import importance_of, importance_of_head
 from coprune.gguf_files.llama_cpp import LlamaCpp, Quantisation, has_llama_cpp, planned_types, quantize, type_number
 from coprune.gguf_files.sensitivity import sensitivity_of
 from coprune.gguf_files.types_by_tensor import TENSOR_TYPES, choose, losses_of, rounded
-from coprune.model.checkpoint.mapped_gguf import decode
+from coprune.model.blocks import find_blocks
+from coprune.model.checkpoint.lazy import LazyCheckpoint
+from coprune.model.checkpoint.mapped_gguf import LazyGguf, decode
 from support.fits import tokens
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
@@ -111,3 +114,25 @@ def test_predicted_losses_are_the_divergence_of_the_rounded_model(source: Path, 
         divergence = float((exact.exp() * (exact - logits(tmp_path / "made.gguf"))).sum(1).mean())
         expected = sum(losses[name][kind][1] for name, kind in types.items())
         assert 0.7 < divergence / expected < 1.6, part
+
+
+def test_a_streamed_model_has_the_sensitivity_of_one_in_memory(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = torch.randint(8, 250, (3, 64), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(sensitivity, "multiplies_bfloat16", lambda device: False)
+    whole = sensitivity_of(source, samples, Reporter(quiet=True))
+    held = list[int]()
+
+    def acquire(self: LazyGguf, prefix: str) -> None:
+        LazyCheckpoint.acquire(self, prefix)
+        blocks = find_blocks(self.model)
+        held.append(sum(not any(one.is_meta for one in block.module.parameters()) for block in blocks))
+
+    monkeypatch.setattr(sensitivity, "has_room", lambda nbytes, device: False)
+    monkeypatch.setattr(LazyGguf, "acquire", acquire)
+    streamed = sensitivity_of(source, samples, Reporter(quiet=True))
+    assert held == [1] * 4  # both blocks, forward and backward
+    assert whole.keys() == streamed.keys()
+    for name, own in whole.items():
+        for one, other in zip(own, streamed[name], strict=True):
+            torch.testing.assert_close(other.rows, one.rows, rtol=1e-5, atol=0)
+            torch.testing.assert_close(other.columns, one.columns, rtol=1e-5, atol=0)

@@ -7,25 +7,41 @@ errors, half of it times the squared errors of the weights, summed over all tens
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from coprune.base.errors import UnsupportedModel
+from coprune.base.memory import return_free_memory
 from coprune.base.precision import multiplies_bfloat16
 from coprune.base.progress import Reporter
 from coprune.gguf_files.file_plan import read_example
 from coprune.gguf_files.importance import HEAD, by_name, found_in
 from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS
 from coprune.gguf_files.smaller import exported
-from coprune.model.blocks import find_blocks
+from coprune.model.blocks import Block, find_blocks
+from coprune.model.checkpoint.lazy import has_room
 from coprune.model.checkpoint.load import DtypeName, load_model
 from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.checkpoint.mapped_gguf import LazyGguf
+from coprune.model.checkpoint.weights import InMemory, Weights
 from coprune.model.matrix_choice import choose_matrices
+from coprune.model.walk.block_calls import (
+    Answer,
+    Finished,
+    forward_logits,
+    hidden_of,
+    replaced_forwards,
+    run_after_blocks,
+    split_call,
+)
 
 _SEED = 0
 """Seed for sampling tokens from the model."""
@@ -81,6 +97,7 @@ def sensitivity_of(file: Path, tokens: Tensor, reporter: Reporter) -> Mapping[st
     """
     location = GgufFile(file, file.name)
     passed = _pass(location, tokens, reporter)
+    return_free_memory()
     source = exported(location)
     example = read_example(location, source, reporter)
     found = defaultdict[str, list[Sensitivity]](list)
@@ -112,10 +129,9 @@ class _Passed:
 
 def _pass(location: GgufFile, tokens: Tensor, reporter: Reporter) -> _Passed:
     """Read tokens forward and backward. Raises as `sensitivity_of` does."""
-    dtype: DtypeName = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
-    model, _ = load_model(location, dtype, processed=False)
-    model.requires_grad_(False)
-    chosen = choose_matrices(model, find_blocks(model))
+    weights, blocks = _opened(location)
+    model = weights.model
+    chosen = choose_matrices(model, blocks)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     for matrix in chosen.all():
         if not isinstance(matrix.owner, nn.Linear):
@@ -124,28 +140,118 @@ def _pass(location: GgufFile, tokens: Tensor, reporter: Reporter) -> _Passed:
         raise UnsupportedModel("the model has no separate head, so types cannot be chosen by tensor")
     squares, embedded = defaultdict[int, _Squares](_Squares), _Squares()
     watched = {id(owner): owner for owner in (*(one.owner for one in chosen.all()), head)}
-    hooks = [owner.register_forward_hook(_watching(squares[number])) for number, owner in watched.items()]
-    hooks.append(table.register_forward_hook(_watching_table(embedded)))
     generator = torch.Generator().manual_seed(_SEED)
-    with reporter.bar("Sensitivity of the weights", len(tokens)) as advance:
-        for sample in tokens:
-            logits = model(sample[None], use_cache=False).logits[0].float()
-            drawn = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-            nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-            advance(1)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks, reporter.bar("Sensitivity of the weights", len(tokens)) as advance:
+        for number, owner in watched.items():
+            hooks.callback(owner.register_forward_hook(_watching(squares[number])).remove)
+        hooks.callback(table.register_forward_hook(_watching_table(embedded)).remove)
+        # All samples at once read each block from the file twice; else one at a time holds the least activations.
+        for batch in tokens.split(len(tokens) if weights.streams else 1):
+            _read(weights, blocks, batch, generator, advance)
     means = {number: one.means() for number, one in squares.items()}
     rows = by_name(location, model, chosen, lambda matrix: means[id(matrix.owner)][0][:, None])
     columns = by_name(location, model, chosen, lambda matrix: means[id(matrix.owner)][1][None])
     return _Passed(rows, columns, Sensitivity(*means[id(head)]), embedded.means()[0])
 
 
-def _watching(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], None]:
-    def seen(module: nn.Module, given: Any, out: Tensor) -> None:
-        inputs = given[0].detach()
-        if out.requires_grad:
-            out.register_hook(lambda slopes: squares.add(inputs, slopes))
+def _opened(location: GgufFile) -> tuple[Weights, list[Block]]:
+    """Open a 16-bit file: in memory if that takes a small share of what is free, else with its blocks on disk."""
+    cpu = torch.device("cpu")
+    dtype: DtypeName = "bfloat16" if multiplies_bfloat16(cpu) else "float32"
+    if has_room(location.path.stat().st_size * (1 if dtype == "bfloat16" else 2), cpu):
+        model, _ = load_model(location, dtype, processed=False)
+        model.requires_grad_(False)
+        return InMemory(model), find_blocks(model)
+    lazy = LazyGguf(location, dtype)
+    blocks = find_blocks(lazy.model)
+    lazy.acquire_rest([block.name for block in blocks])
+    return lazy, blocks
+
+
+def _read(
+    weights: Weights,
+    blocks: Sequence[Block],
+    batch: Tensor,
+    generator: torch.Generator,
+    advance: Callable[[float], None],
+) -> None:
+    """Read a batch forward and backward.
+
+    A streamed block is in memory only while it computes: it keeps its inputs alone, and computes again for the gradients.
+
+    Args:
+        weights: the model's.
+        blocks: its blocks.
+        batch: token ids (N × S).
+        generator: samples the tokens whose losses are derived.
+        advance: called with the number of samples just read.
+    """
+    model, answers, ends = weights.model, list[Answer](), list[Tensor]()
+    share = len(batch) / len(blocks) / (2 if weights.streams else 1)
+
+    def forward(block: Block) -> Callable[..., Any]:
+        own = block.module.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            weights.acquire(block.name)
+            try:
+                return own(*args, **kwargs)
+            finally:
+                weights.release(block.name)
+                advance(share)
+
+        again: Callable[..., Any] = (
+            partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False) if weights.streams else run
+        )
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            output = again(*args, **kwargs)
+            answers.append(Answer.of(output, split_call(args, kwargs)[0]))
+            if block is blocks[-1]:
+                ends.append(hidden_of(output))
+                raise Finished
+            return output
+
+        return recorded
+
+    with replaced_forwards(blocks, forward), suppress(Finished):
+        forward_logits(model, batch)
+    slopes = torch.empty_like(ends[0])
+    for own, tokens, into in zip(ends[0].detach().split(1), batch.split(1), slopes.split(1), strict=True):
+        # One sample at a time, since logits over a large vocabulary take most of the memory.
+        hidden = own.requires_grad_(True)
+        logits = run_after_blocks(model, blocks, tokens, answers, hidden)[0].float()
+        drawn = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
+        nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        assert hidden.grad is not None
+        into.copy_(hidden.grad)
+    ends[0].backward(slopes)
+
+
+class _Seen(torch.autograd.Function):
+    """Passes on a matrix's outputs, and adds its inputs and the gradients of its outputs to sums.
+
+    The inputs are saved for the backward pass as autograd's own are, so a block that computes again does not keep them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, inputs: Tensor, squares: _Squares) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.squares = squares
+        return out.clone()  # not a view, which could not be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.squares.add(ctx.saved_tensors[0], gradients[0])
+        return gradients[0], None, None
+
+
+def _watching(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def seen(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+        if not out.requires_grad:
+            return out
+        found: Tensor = _Seen.apply(out, given[0].detach(), squares)  # type: ignore[no-untyped-call, unused-ignore]
+        return found
 
     return seen
 
