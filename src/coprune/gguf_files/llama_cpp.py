@@ -444,7 +444,8 @@ def encode(tensor: Tensor, kind: str) -> Any:
     if kind == "f32":
         return values
     if kind == "f16":
-        largest = float(tensor.abs().max())
+        least, most = tensor.aminmax()
+        largest = max(-float(least), float(most))
         if largest > _LARGEST_HALF:
             raise BadInput(
                 f"weights of up to {largest:g} are too large for float16",

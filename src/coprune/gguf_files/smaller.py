@@ -164,16 +164,18 @@ def made(name: str, pieces: Sequence[Piece], model: Exported) -> Tensor:
 
 
 def _made(name: str, piece: Piece, model: Exported) -> Tensor | None:
-    found = [_arranged(piece, source, model) for source in piece.names]
-    first = found[0]
-    for other in found[1:]:
-        same = (other is None) == (first is None) and (first is None or other is None or torch.equal(first, other))
-        if not same:
+    first = _arranged(piece, piece.names[0], model)
+    for source in piece.names[1:]:
+        if not _are_same(first, _arranged(piece, source, model)):
             raise UnsupportedModel(
                 f"{name} could be any of {' and '.join(piece.names[:3])}, which are equal in the GGUF file but differ in the "
                 "model"
             )
     return first
+
+
+def _are_same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _arranged(piece: Piece, source: str, model: Exported) -> Tensor | None:
@@ -185,7 +187,9 @@ def _arranged(piece: Piece, source: str, model: Exported) -> Tensor | None:
         piece.order
     ):
         raise BadInput(f"{source} has a different shape in the GGUF file", field="like")
-    whole = piece.arrange(tensor) + piece.added
+    whole = piece.arrange(tensor)
+    if piece.added:  # otherwise the sum would be one more copy
+        whole = whole + piece.added
     if mask is None:
         return whole
     kept = piece.arrange(mask)

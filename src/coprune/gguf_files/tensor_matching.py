@@ -99,8 +99,9 @@ class Matcher:
         as_it_is = (self._same, self._with_one_added) if wanted.ndim == 1 else (self._same,)
         ways: Iterable[_Compare] = (*as_it_is, self._in_known_order, found_order)
         for compare, candidates in product(ways, groups):
-            read = ((one, squeezed(held(tensor))) for one, tensor in candidates)
-            matches = [made for one, tensor in read if (made := compare(one, tensor, wanted)) is not None]
+            # Each is read for its own comparison only, since two tables of embeddings take gigabytes.
+            tried = (compare(one, squeezed(held(tensor)), wanted) for one, tensor in candidates)
+            matches = [made for made in tried if made is not None]
             if matches:
                 names = (piece.names[0] for piece in matches if piece.expert == matches[0].expert)
                 return replace(matches[0], names=tuple(names))
@@ -174,9 +175,14 @@ class Matcher:
 
     def _close(self, found: Tensor, expected: Tensor) -> bool:
         tolerance = self.tolerance if expected.ndim > 1 else min(self.tolerance, _VECTORS)
-        rows = max(1, _STRETCH // max(1, expected[0].numel()))
-        parts = zip(found.split(rows), expected.split(rows), strict=True)
-        return bool(torch.stack([(one - other).norm() for one, other in parts]).norm() <= tolerance * expected.norm())
+        return distance(found, expected) <= tolerance * float(expected.norm())
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference of two tensors of one shape, without holding all of it."""
+    rows = max(1, _STRETCH // max(1, expected[0].numel()))
+    parts = zip(found.split(rows), expected.split(rows), strict=True)
+    return float(torch.stack([(one - other).norm() for one, other in parts]).norm())
 
 
 def squeezed(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp, how_to_install
 from coprune.gguf_files.metadata import Plan
 from coprune.gguf_files.smaller import Exported, whole_tensors
-from coprune.gguf_files.tensor_matching import Piece
+from coprune.gguf_files.tensor_matching import Piece, distance
 from coprune.model.checkpoint.deferred import held
 from coprune.model.checkpoint.gguf_reader import gguf_reader
 from coprune.model.checkpoint.locate import GgufFile
@@ -123,7 +123,7 @@ def _require_close(file: Path, name: str, pair: tuple[Tensor, Tensor], kind: str
     found, expected = pair
     if expected.numel() != found.numel():
         raise VerificationError(f"{name} in {file} differs from the model's")
-    off = float((found.reshape(expected.shape) - expected).norm() / expected.norm().clamp_min(1e-30))
+    off = distance(found.flatten(), expected.flatten()) / float(expected.norm().clamp_min(1e-30))
     if not off <= _TOLERANCE[kind]:
         raise VerificationError(f"{name} has a relative error of {off:.2g} in {file}, more than {kind} explains")
 

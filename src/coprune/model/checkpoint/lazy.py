@@ -43,6 +43,8 @@ SHARE = 8
 """A block is prefetched only if it takes at most this share of the device's free memory."""
 _AT_ONCE = 1 << 24
 """Number of bytes hashed at a time."""
+_LARGE = 1 << 28
+"""Minimum bytes of a tensor that is read alone: transformers reads what it gets at the same time, and decoding takes copies."""
 
 
 def has_room(nbytes: int, device: torch.device) -> bool:
@@ -331,11 +333,17 @@ class LazyCheckpoint:
         self._uncut |= dict.fromkeys(entries, uncut)
 
     def _load(self, groups: Sequence[Renamed]) -> None:
-        """Convert group by group, so that at most one merged parameter exists twice at a time."""
+        """Convert group by group, so that at most one merged or large parameter exists twice at a time."""
         plain = [group.originals[0] for group in groups if not group.converted]
+        large = [name for name in plain if self._entries[name].nbytes >= _LARGE]
+        small = [name for name in plain if name not in large]
         apart = {name for group in groups if self._stays(group) for name in group.originals}
         with quiet_transformers():
-            for names in [plain, *(group.originals for group in groups if group.converted)]:
+            for names in [
+                *([name] for name in large),
+                small,
+                *(group.originals for group in groups if group.converted),
+            ]:
                 slices = {name: self._unread(name, name in apart) for name in names}
                 self.source.conversion.load(slices, self.dtype, self.device)
         for group in groups:
