@@ -68,7 +68,16 @@ def _commands(asked: argparse.Namespace) -> dict[str, list[str]]:
         "channels": [*prune, "--remove", "channels=0.25"],
         "eval": ["eval", asked.model, "--data", asked.dataset, "--seqlen", "512", "--eval-tokens", "16384"],
         "export": ["export", str(sparse), str(asked.folder / "file.gguf"), "--type", "q8_0"],
-        "finetune": ["finetune", str(sparse), "--minutes", "1", "--save", str(asked.folder / "run")],
+        "finetune": [
+            "finetune",
+            str(sparse),
+            "--dataset",
+            asked.dataset,
+            "--minutes",
+            "1",
+            "--save",
+            str(asked.folder / "run"),
+        ],
     }
 
 
@@ -126,8 +135,9 @@ def _options() -> argparse.Namespace:
     if not (sparse := asked.folder / "sparse").exists() and (
         not asked.only or {"export", "finetune"} & set(asked.only)
     ):
-        made = [sys.executable, "-m", "coprune", "prune", asked.model, "-m", "magnitude", "-p", "2:4", "--no-eval"]
-        subprocess.run([*made, "--save", str(asked.folder / "made"), "--save-model", str(sparse)], check=True)
+        made = ["prune", asked.model, "-m", "magnitude", "-p", "2:4", "--dataset", asked.dataset, "--no-eval"]
+        folders = ["--save", str(asked.folder / "made"), "--save-model", str(sparse)]
+        subprocess.run([sys.executable, "-m", "coprune", *made, *folders], check=True)
     return asked
 
 
