@@ -26,6 +26,7 @@ from coprune.recipe.flags import ALIASES
 from coprune.recipe.tree import FIELDS, HEADS
 from coprune.recipe.views import MEASURING, TRAINING, Setting
 from coprune.steps.generate_settings import GenerateSettings
+from coprune.sweeps.execution_settings import ExecutionSettings
 
 FILE = Path(coprune.__file__).parent / "data" / "keyword_arguments.py"
 """The module that is written."""
@@ -50,7 +51,7 @@ Named = str | Mapping[str, Any] | Choice
 '''
 _HANDED_OVER = {"dataset": "CalibrationData", "eval_data": "TextData | None"}
 """Settings whose values a call may hold itself, with their types."""
-_MODELS: tuple[type[BaseModel], ...] = (GenerateSettings, ExportSettings, FitSettings)
+_MODELS: tuple[type[BaseModel], ...] = (GenerateSettings, ExportSettings, FitSettings, ExecutionSettings)
 """Settings of commands that have no recipe."""
 _OTHERWISE = {"options": Mapping[str, bool | int | float | str | None]}
 

@@ -13,14 +13,17 @@ from coprune.base.pool import Capacity, Cause
 from coprune.run.memory_estimate import DevicePeak, Estimate
 from coprune.run.reuse import KeptEstimate, estimate_key
 from coprune.store.store import Store
-from coprune.sweeps.execution import Execution, Plan
+from coprune.sweeps.execution import Plan
+from coprune.sweeps.execution_settings import ExecutionSettings
 from coprune.sweeps.expand import expand
 from coprune.sweeps.file import SHARED_FOLDER, Sweep
 
 GB = 10**9
 
 
-def plan_of(folder: Path, sizes: Any, capacity: Capacity, how: Execution | None = None, **settings: Any) -> Plan:
+def plan_of(
+    folder: Path, sizes: Any, capacity: Capacity, how: ExecutionSettings | None = None, **settings: Any
+) -> Plan:
     """Return a plan for one run per size, each of a different kind; None means no estimate."""
     data = {"model": "pico", "nsamples": list(range(1, len(sizes) + 1)), "save": str(folder)} | settings
     sweep = Sweep.make(data)
@@ -30,23 +33,28 @@ def plan_of(folder: Path, sizes: Any, capacity: Capacity, how: Execution | None 
             told = size if isinstance(size, Estimate) else Estimate(size, None, GB)
             estimated = partial(KeptEstimate, estimate=told)
             Store(folder / SHARED_FOLDER).get(estimate_key(run.recipe), KeptEstimate, estimated)
-    return Plan(sweep, how or Execution(), SimpleNamespace(capacity=capacity, at_once=0), runs)
+    return Plan(sweep, how or ExecutionSettings(), SimpleNamespace(capacity=capacity, at_once=0), runs)
 
 
 @pytest.mark.parametrize(
     ("capacity", "how", "at_once", "threads"),
     [
-        (Capacity(16, 100 * GB, 0, 16, 100 * GB), Execution(), 4, 4),  # all of them
-        (Capacity(16, 7 * GB, 0, 16, 7 * GB), Execution(), 2, 8),  # as many as memory allows
-        (Capacity(2, 100 * GB, 0, 2, 100 * GB), Execution(), 2, 1),  # as many as cores
-        (Capacity(16, 100 * GB, 0, 16, 100 * GB), Execution(workers=3, threads=2), 3, 2),  # as many as requested
-        (Capacity(16, 100 * GB, 2, 16, 100 * GB), Execution(), 2, 8),  # one per GPU
-        (Capacity(64, 400 * GB, 0, 8, 50 * GB), Execution(), 4, 8),  # no more cores than a machine has
-        (Capacity(16, None, 0, 16, None), Execution(), 4, 4),  # memory unknown
+        (Capacity(16, 100 * GB, 0, 16, 100 * GB), ExecutionSettings(), 4, 4),  # all of them
+        (Capacity(16, 7 * GB, 0, 16, 7 * GB), ExecutionSettings(), 2, 8),  # as many as memory allows
+        (Capacity(2, 100 * GB, 0, 2, 100 * GB), ExecutionSettings(), 2, 1),  # as many as cores
+        (
+            Capacity(16, 100 * GB, 0, 16, 100 * GB),
+            ExecutionSettings(workers=3, threads=2),
+            3,
+            2,
+        ),  # as many as requested
+        (Capacity(16, 100 * GB, 2, 16, 100 * GB), ExecutionSettings(), 2, 8),  # one per GPU
+        (Capacity(64, 400 * GB, 0, 8, 50 * GB), ExecutionSettings(), 4, 8),  # no more cores than a machine has
+        (Capacity(16, None, 0, 16, None), ExecutionSettings(), 4, 4),  # memory unknown
     ],
 )
 def test_cores_and_memory_are_divided_among_runs(
-    capacity: Capacity, how: Execution, at_once: int, threads: int, tmp_path: Path
+    capacity: Capacity, how: ExecutionSettings, at_once: int, threads: int, tmp_path: Path
 ) -> None:
     plan = plan_of(tmp_path, [3 * GB] * 4, capacity, how)
     assert plan.to_estimate() == []

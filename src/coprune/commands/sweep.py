@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coprune.base.environment import importing
+from coprune.base.validation import settings_of
 from coprune.base.words import Command, Set, Words
 from coprune.commands.grouped import with_value
-from coprune.commands.options import ShortCommand, help_all_option, recipe_options, with_options
+from coprune.commands.options import ShortCommand, help_all_option, recipe_options, settings_options, with_options
 from coprune.commands.terminal import show
+from coprune.sweeps.execution_settings import ExecutionSettings
 
 if TYPE_CHECKING:
     from coprune.sweeps.sweep_result import SweepResult
@@ -34,7 +36,7 @@ def _is_address(word: str) -> bool:
 READ_WITH = {"cls": SweepCommand}
 
 
-@with_options([*recipe_options(), help_all_option()])
+@with_options([*settings_options(ExecutionSettings), *recipe_options(), help_all_option()])
 def sweep(
     file: Annotated[Path | None, typer.Argument(help="A recipe with lists (YAML).", show_default=False)] = None,
     script: Annotated[
@@ -46,22 +48,6 @@ def sweep(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Use this model instead.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the commands of the runs.")] = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="[ADDRESS]",
-            help="Run on the Ray cluster at ADDRESS (host:port, auto), or without one on a local cluster.",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Number of parallel runs. [as many as cores and, by the estimates, memory allow]", min=1),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Cores per run. [all cores, divided among the runs]", min=1)
-    ] = None,
-    retries: Annotated[int, typer.Option(help="Retries of a run that crashed or was killed.", min=0)] = 2,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and lines.")] = False,
     **settings: Any,
 ) -> None:
@@ -76,8 +62,8 @@ def sweep(
     for all runs; docs/sweeps.md says what else a file may have, and what the sweep's folder holds.
     """
     typed = {name: value for name, value in settings.items() if value is not None}
-    typed |= ({"model": model} if model else {}) | {"retries": retries}
-    typed |= {"ray": ray, "workers": workers, "threads": threads}
+    typed |= {"model": model} if model else {}
+    settings_of(ExecutionSettings, {name: typed[name] for name in ExecutionSettings.model_fields if name in typed})
     with importing():
         from coprune.sweeps.sweep_call import sweep
 

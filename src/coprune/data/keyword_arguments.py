@@ -453,6 +453,8 @@ class FitArguments(TypedDict, total=False):
     """Types of llama.cpp to try, separated by commas. [q8_0 to iq2_xs]"""
     candidate: File | Sequence[File]
     """Another GGUF file of the model, to be measured like those made here; repeatable."""
+    step: str | Sequence[str]
+    """A registered step to try before the types, as NAME:SETTING=VALUE,…; repeatable."""
     workers: int
     """Candidates to measure in parallel, in local processes."""
     ray: str | None
@@ -461,3 +463,16 @@ class FitArguments(TypedDict, total=False):
     """Seed of the halves and of all sampling."""
     trust_tasks: bool
     """Allow task definitions to run the code that they name; read it first."""
+
+
+class ExecutionArguments(TypedDict, total=False):
+    """Where and how the runs of a sweep execute."""
+
+    ray: str | None
+    """Run on the Ray cluster at this address (host:port, auto), or without one on a local cluster."""
+    workers: int | None
+    """Number of parallel runs. [as many as cores and, by the estimates, memory allow]"""
+    threads: int | None
+    """Cores per run. [all cores, divided among the runs]"""
+    retries: int
+    """Retries of a run that crashed or was killed."""

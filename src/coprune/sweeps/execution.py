@@ -19,6 +19,7 @@ from coprune.run.reuse import KeptEstimate, estimate_key, kept_estimate
 from coprune.stages.checks import prepare_solver
 from coprune.store.claim import Claim, Taken
 from coprune.store.store import Store
+from coprune.sweeps.execution_settings import ExecutionSettings
 from coprune.sweeps.expand import Run, expand
 from coprune.sweeps.file import SHARED_FOLDER, Sweep
 from coprune.sweeps.finished import Ledger, finished_reports
@@ -27,7 +28,7 @@ from coprune.sweeps.results import collect
 from coprune.sweeps.sweep_result import SweepResult
 
 
-def run_sweep(sweep: Sweep, how: Execution, quiet: bool = False) -> SweepResult:
+def run_sweep(sweep: Sweep, how: ExecutionSettings, quiet: bool = False) -> SweepResult:
     """Execute the unfinished runs of a sweep and write its tables.
 
     Raises BadInput before anything starts if a run is invalid, another process is running the sweep, or its folder holds
@@ -69,7 +70,7 @@ def check_sweep(sweep: Sweep) -> list[Run]:
     return runs
 
 
-def _do(sweep: Sweep, waiting: list[Run], how: Execution, outcome: SweepResult, quiet: bool) -> None:
+def _do(sweep: Sweep, waiting: list[Run], how: ExecutionSettings, outcome: SweepResult, quiet: bool) -> None:
     """Estimate and execute the unfinished runs."""
     started, reporter, ledger = time.perf_counter(), Reporter(quiet), outcome.ledger
     ledger.wall.append(0.0)
@@ -122,26 +123,12 @@ def _alone(folder: Path) -> Iterator[None]:
         claim.close()
 
 
-@dataclass(frozen=True)
-class Execution:
-    """Where and how the runs of a sweep execute.
-
-    ray: None for local processes, an address or `local` for a cluster; workers: maximum number of parallel runs; threads:
-    cores per run; retries: of a run whose worker was lost or that failed with an unexpected error.
-    """
-
-    ray: str | None = None
-    workers: int | None = None
-    threads: int | None = None
-    retries: int = 2
-
-
 @dataclass
 class Plan:
     """The jobs of the unfinished runs. too_large: runs that need more memory than any machine has."""
 
     sweep: Sweep
-    how: Execution
+    how: ExecutionSettings
     workers: Workers
     waiting: Sequence[Run]
     too_large: dict[str, Outcome] = field(default_factory=dict)

@@ -7,29 +7,26 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from coprune.base.errors import BadInput, unknown_name
+from coprune.base.validation import settings_of
 from coprune.base.words import Command, Set
-from coprune.data.keyword_arguments import RecipeArguments
+from coprune.data.keyword_arguments import ExecutionArguments, RecipeArguments
 from coprune.recipe.presets import PRESETS
-from coprune.sweeps.execution import Execution, check_sweep, run_sweep
+from coprune.sweeps.execution import check_sweep, run_sweep
+from coprune.sweeps.execution_settings import ExecutionSettings
 from coprune.sweeps.file import Sweep
 from coprune.sweeps.finished import Ledger, finished_reports
 from coprune.sweeps.sweep_result import SweepResult
 
 Lists = str | Path | Mapping[str, Any]
 """A sweep's file, or its content."""
-_EXECUTION = ("ray", "workers", "threads", "retries")
 
 
-class SweepArguments(RecipeArguments, total=False):
+class SweepArguments(RecipeArguments, ExecutionArguments, total=False):
     """Settings of all runs, and how they execute."""
 
     model: str
     method: str
     preset: str | None
-    ray: str | None
-    workers: int | None
-    threads: int | None
-    retries: int
 
 
 def sweep(
@@ -60,8 +57,9 @@ def sweep(
     Raises:
         BadInput: a run is invalid, or the folder holds something else.
     """
-    how = Execution(**{name: value for name, value in settings.items() if name in _EXECUTION})  # type: ignore[arg-type]
-    fixed = {name: value for name, value in settings.items() if name not in _EXECUTION}
+    own = ExecutionSettings.model_fields
+    how = settings_of(ExecutionSettings, {name: value for name, value in settings.items() if name in own})
+    fixed = {name: value for name, value in settings.items() if name not in own}
     chosen = _chosen(lists, script).with_settings(fixed)
     if dry_run:
         runs = check_sweep(chosen)
