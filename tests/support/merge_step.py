@@ -50,6 +50,8 @@ class Merge(NamedStep):
         return cls(models=(asked.other,), folder=folder, settings={"share": asked.share})
 
     def check(self) -> None:
+        if len(self.models) == 1 and not self.models[0].exists():
+            raise BadInput(f"{self.models[0]} is missing")
         shapes = [{name: one.shape for name, one in tensors_of(model).items()} for model in self.models]
         if any(there and there != shapes[0] for there in shapes):
             raise BadInput(f"{self.models[0]} and {self.models[1]} have other shapes", fix="merge models of one kind")

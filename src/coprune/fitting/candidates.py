@@ -33,7 +33,7 @@ class Cut:
     """The model with some parts removed, before quantisation."""
 
     removed: tuple[str, ...] = ()
-    """Removed parts in the syntax of `--remove`, in order of removal."""
+    """Removed parts in the syntax of `--remove`, or steps in that of `--step`, in order."""
     tokens: int = 0
     """Tokens of the distillation that follows; 0: none."""
 
@@ -50,7 +50,7 @@ class Cut:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Removed parts other than vocabulary."""
+        """Removed parts other than vocabulary, and steps."""
         return tuple(part for part in self.removed if not _counts_tokens(part))
 
     @property
@@ -60,9 +60,10 @@ class Cut:
 
     @property
     def before(self) -> Cut | None:
-        """The cut without its last removal; None for the dense model."""
-        left = Cut(self.removed[:-1], self.tokens)
-        return (left if left.others else Cut(left.removed)) if self.removed else None
+        """The cut without its last part; None for the dense model."""
+        left = self.removed[:-1]
+        trained = any(not _counts_tokens(part) and not is_step(part) for part in left)
+        return Cut(left, self.tokens if trained else 0) if self.removed else None
 
     @property
     def fewer(self) -> Cut | None:
@@ -71,8 +72,12 @@ class Cut:
         return Cut(self.removed[: found[0] + 1]) if found else None
 
     def spares(self, other: Cut) -> bool:
-        """Return whether another cut removes everything that this one removes."""
-        return self.others in ((), other.others) and self._left >= other._left
+        """Return whether another cut is made by the same steps and removes everything that this one removes."""
+        return self._steps == other._steps and self.others in (self._steps, other.others) and self._left >= other._left
+
+    @property
+    def _steps(self) -> tuple[str, ...]:
+        return tuple(part for part in self.removed if is_step(part))
 
     @property
     def _left(self) -> float:
@@ -81,6 +86,11 @@ class Cut:
 
 def _counts_tokens(part: str) -> bool:
     return part.startswith("vocabulary=")
+
+
+def is_step(part: str) -> bool:
+    """Return whether a part of a cut is a registered step, such as `merge:share=0.5`, instead of `channels=0.25`."""
+    return "=" not in part.partition(":")[0]
 
 
 DENSE = Cut()

@@ -179,7 +179,8 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitSettings) -
         require_type(name)
     tasks, conditions = wanted(_paths(task), require, how.seed, how.items, how.trust_tasks)
     look_at_candidates(how.candidate)
-    asked = Asked(model_of(str(model)), tasks, how.seed, how.text, how.like, how.runtime, how.candidate)
+    asked = Asked(model_of(str(model)), tasks, how.seed, how.text, how.like, how.runtime, how.candidate, how.step)
+    asked.check_steps()
     _require_template(asked, how.converter)
     return asked, Wish(conditions, how.target, how.budget, how.without, types)
 

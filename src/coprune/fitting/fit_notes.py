@@ -23,7 +23,9 @@ from coprune.fitting.tasks import Task
 from coprune.fitting.writing import writing_of
 from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.locate import locate
+from coprune.recipe.choice import read_named
 from coprune.report.schema import installed_versions
+from coprune.run.step import NamedStep, step_named
 from coprune.store.notes import read_note
 
 Value = TypeVar("Value")
@@ -57,11 +59,30 @@ class Asked:
     runtime: Runtime = "llama.cpp"
     files: tuple[str, ...] = ()
     """Candidate GGUF files given by the user; no other candidate depends on them."""
+    step: tuple[str, ...] = ()
+    """Steps of the user's, as `name:setting=value`; only candidates that are made by one depend on it."""
 
     @cached_property
     def elsewhere(self) -> dict[Candidate, Path]:
         """The given files as candidates, with their paths. Raises BadInput for damaged files."""
         return candidates_in(self.files)
+
+    @cached_property
+    def steps(self) -> dict[str, NamedStep]:
+        """The steps by their texts."""
+        return {text: step_named(*read_named(text), Path()) for text in self.step}
+
+    @cached_property
+    def digests_of_steps(self) -> dict[str, list[str]]:
+        """Digests of what each step reads besides the model before it, computed once and passed on to workers."""
+        return {text: [*step.sources(None)] for text, step in self.steps.items()}
+
+    def check_steps(self) -> None:
+        """Raise BadInput for a step that is unknown, has wrong settings, or cannot read its files."""
+        with about("step", ", ".join(self.step)):
+            for step in self.steps.values():
+                step.check()
+            _ = self.digests_of_steps
 
     @cached_property
     def writing(self) -> tuple[Task, ...]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from coprune.base.errors import BadInput
 from coprune.base.validation import explain, read_yaml
 from coprune.fitting.calibration import read_passages
-from coprune.fitting.candidates import EMBEDDINGS, FOREIGN, GIVEN, MIXED, TYPES, Candidate, Cut
+from coprune.fitting.candidates import EMBEDDINGS, FOREIGN, GIVEN, MIXED, TYPES, Candidate, Cut, is_step
 from coprune.fitting.fit_notes import Asked
 from coprune.fitting.fit_settings import Runtime
 from coprune.gguf_files.llama_cpp import TYPES as ALL_TYPES
@@ -21,7 +21,9 @@ RECIPE_FILE, TEXT_FILE = "recipe.yaml", "text.jsonl"
 _MOST_TRAINED = 1 << 24
 """Maximum tokens of a distillation; a search uses far fewer."""
 _Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-_Part = Annotated[str, StringConstraints(pattern=r"^(vocabulary=[1-9]\d{0,8}|(experts|channels|blocks)=0\.\d{1,6})$")]
+_REMOVED = r"vocabulary=[1-9]\d{0,8}|(experts|channels|blocks)=0\.\d{1,6}"
+_STEP = r"[a-z]\w{0,99}(:.{1,4000})?"
+_Part = Annotated[str, StringConstraints(pattern=rf"^({_REMOVED}|{_STEP})$")]
 
 
 _Tensor = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]
@@ -101,7 +103,8 @@ class FitRecipe(_Checked):
     def asked(self) -> Asked:
         """The inputs of a fit that makes this candidate."""
         files = () if self.file is None else (self.file,)
-        return Asked(self.model, (), self.seed, None, self.like, self.runtime, files)
+        steps = tuple(part for part in self.cut.removed if is_step(part))
+        return Asked(self.model, (), self.seed, None, self.like, self.runtime, files, steps)
 
     @classmethod
     def of(cls, asked: Asked, chosen: Candidate, size: int, digest: str) -> Self:

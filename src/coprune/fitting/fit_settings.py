@@ -95,6 +95,11 @@ class FitSettings(BaseModel):
         BeforeValidator(_files, json_schema_input_type=str | Path | Sequence[str | Path]),
         Field(description="Another GGUF file of the model, to be measured like those made here; repeatable."),
     ] = ()
+    step: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_files, json_schema_input_type=str | Sequence[str]),
+        Field(description="A registered step to try before the types, as NAME:SETTING=VALUE,…; repeatable."),
+    ] = ()
     workers: Annotated[int, Field(description="Candidates to measure in parallel, in local processes.", ge=1)] = 1
     ray: Annotated[str | None, Field(description="Measure on a Ray cluster instead (host:port, auto, local).")] = None
     seed: Annotated[int, Field(description="Seed of the halves and of all sampling.", ge=0)] = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,7 @@ from coprune.data import calibration_windows
 from coprune.data.bos import begun_by
 from coprune.data.tokenizing import encode
 from coprune.fitting.calibration import all_windows, read_passages, write_passages
-from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, FOREIGN, GIVEN, MIXED, Candidate, Cut
+from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, FOREIGN, GIVEN, MIXED, Candidate, Cut, is_step
 from coprune.fitting.clock import Clock, Mark
 from coprune.fitting.fit_notes import Asked
 from coprune.fitting.reader import Reader
@@ -32,6 +33,8 @@ from coprune.gguf_files.types_by_tensor import Losses, losses_of
 from coprune.model.checkpoint.gguf_header import read_gguf_headers
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, locate
+from coprune.run.step import source_named
+from coprune.runner import runner
 from coprune.runner.prune_call import prune
 from coprune.steps.export import export
 from coprune.steps.trim import tokens_kept
@@ -97,6 +100,8 @@ class Making:
         """Return the key of a candidate's file or of its measurements."""
         calibrated = candidate.cut != DENSE or candidate.type not in _AS_THEY_ARE
         text = hashlib.sha256(self.text.read_bytes()).hexdigest() if calibrated and self.text.exists() else None
+        if own := {part: self.asked.digests_of_steps[part] for part in candidate.cut.removed if is_step(part)}:
+            more["steps"] = own
         return key_of(step, 1, candidate=candidate.key, text=text, **self.asked.contents, **more)
 
     def note(self, key: Key, mark: Mark, record: Done | None = None) -> None:
@@ -251,6 +256,9 @@ class Making:
             more |= {"finetune": "distill", "finetune_tokens": cut.tokens}
 
         def make() -> None:
+            if is_step(cut.removed[-1]):
+                self._do_step(cut, base, target)
+                return
             self.reporter.say(f"Removing {cut.name}")
             text = str(self._text_of_cuts())
             if kind == "vocabulary":
@@ -279,6 +287,13 @@ class Making:
                 base = str(self.exact(DENSE)) if in_file or self.asked.runtime == "transformers" else self.asked.model
             self._once(key, target, make)
         return target
+
+    def _do_step(self, cut: Cut, base: str, target: Path) -> None:
+        """Make a cut whose last part is a step, of what is before it."""
+        self.reporter.say(f"Making {cut.name}")
+        step = replace(self.asked.steps[cut.removed[-1]], folder=self.run_of(cut))
+        made = runner.make([step], source_named(base), self.reporter).model or step.model
+        made.replace(target)
 
     def _once(self, key: Key, target: Path, make: Callable[[], None], record: Done | None = None) -> None:
         """Make a file or folder unless it exists, and record the time, without that of its sources."""

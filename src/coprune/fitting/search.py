@@ -328,10 +328,12 @@ class Search:
         fewer = bits(first)
         large_tables = not fewer or self.workshop.bytes_of(fewer[-1]) < self.workshop.bytes_of(plain[-1])
         self._halve(plain, plain.index(first), one=large_tables)
-        if not self._kept:  # even the largest quant failed, so smaller ones would too
-            return
         if not self._can_cut:
             self.workshop.reporter.say("Too few items to tell whether a model still writes: no parts or tokens are cut")
+        for step in self.workshop.asked.step if self._can_cut else ():
+            self._halve([one.of(Cut((step,))) for one in plain])
+        if not self._kept:  # even the largest quant failed, so smaller ones would too
+            return
         largest, smallest = self._kept[0], self._kept[-1]
         smaller = partial(self._smaller, last=(plain[-1] if large_tables else smallest).type)
         # A cut may save more than a smaller type at less loss, so it starts from the smallest and from the largest quant.
@@ -372,7 +374,7 @@ class Search:
         if "vocabulary" in self.wish.without or not self._can_cut:
             return []
         sizes = [int(share * self._vocabulary) // _ALIGN * _ALIGN for share in VOCABULARIES]
-        return [base.of(Cut((f"vocabulary={size}",))) for size in sizes if size]
+        return [base.of(Cut((*base.cut.removed, f"vocabulary={size}"))) for size in sizes if size]
 
     def _smaller(self, base: Candidate, last: str) -> list[Candidate]:
         """Return a cut in lower plain types, from the one below its own down to `last`.
@@ -423,7 +425,8 @@ class Search:
         """
         unseen = {task.name: [*task.unseen] for task in self.tasks}
         surest, least = self._surest(), _chain(self._all_kept)
-        first = [] if self._kept_elsewhere and not self._kept else [self._plain()[0]]
+        # Where the largest quant loses, only what needs no quant of the dense model is kept.
+        first = [one for one in self._plain()[:1] if not least or one not in self._lost]
         chain = [*dict.fromkeys([*first, *surest])]
         judged: dict[Candidate, list[Held]] = {}
         passed, unproven = list[Candidate](), list[Candidate]()

@@ -1,7 +1,7 @@
 """Steps, which make a model from another one (or several) in a folder, where a later run finds it.
 
-Sweeps find steps by name: those added by `register_step`, and those of installed packages in the entry-point group
-`coprune.steps`.
+Sweeps and fits find steps by name: those added by `register_step`, and those of installed packages in the entry-point
+group `coprune.steps`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Step(ABC):
 
     @abstractmethod
     def sources(self, before: Left | None) -> Sequence[str]:
-        """Return the digests of the models and texts that it reads."""
+        """Return the digests of the models and texts that it reads; of those besides the preceding model if `before` is None."""
 
     @abstractmethod
     def finished(self, before: Left | None) -> Left | None:
@@ -75,7 +75,7 @@ class Step(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NamedStep(Step):
-    """A step that sweeps can name; it makes a model from the preceding one, with its own settings."""
+    """A step that sweeps and fits can name; it makes a model from the preceding one, with its own settings."""
 
     asked: ClassVar[type[BaseModel]]
     """Model of its settings."""
@@ -99,7 +99,7 @@ _registered: dict[str, type[NamedStep]] = {}
 
 
 def register_step(step: AnyStep) -> AnyStep:
-    """Make a step available to sweeps in this process; a class decorator."""
+    """Make a step available to sweeps and fits in this process; a class decorator."""
     _registered[step.name] = step
     return step
 
