@@ -27,11 +27,10 @@ from coprune.gguf_files.importance import HEAD, by_name, found_in
 from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS
 from coprune.gguf_files.smaller import exported
 from coprune.model.blocks import Block, find_blocks
-from coprune.model.checkpoint.lazy import has_room
-from coprune.model.checkpoint.load import DtypeName, load_model
+from coprune.model.checkpoint.load import DtypeName
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
-from coprune.model.checkpoint.weights import InMemory, Weights
+from coprune.model.checkpoint.weights import Weights
 from coprune.model.matrix_choice import choose_matrices
 from coprune.model.walk.block_calls import (
     Answer,
@@ -145,23 +144,16 @@ def _pass(location: GgufFile, tokens: Tensor, reporter: Reporter) -> _Passed:
         for number, owner in watched.items():
             hooks.callback(owner.register_forward_hook(_watching(squares[number])).remove)
         hooks.callback(table.register_forward_hook(_watching_table(embedded)).remove)
-        # All samples at once read each block from the file twice; else one at a time holds the least activations.
-        for batch in tokens.split(len(tokens) if weights.streams else 1):
-            _read(weights, blocks, batch, generator, advance)
+        _read(weights, blocks, tokens, generator, advance)
     means = {number: one.means() for number, one in squares.items()}
     rows = by_name(location, model, chosen, lambda matrix: means[id(matrix.owner)][0][:, None])
     columns = by_name(location, model, chosen, lambda matrix: means[id(matrix.owner)][1][None])
     return _Passed(rows, columns, Sensitivity(*means[id(head)]), embedded.means()[0])
 
 
-def _opened(location: GgufFile) -> tuple[Weights, list[Block]]:
-    """Open a 16-bit file: in memory if that takes a small share of what is free, else with its blocks on disk."""
-    cpu = torch.device("cpu")
-    dtype: DtypeName = "bfloat16" if multiplies_bfloat16(cpu) else "float32"
-    if has_room(location.path.stat().st_size * (1 if dtype == "bfloat16" else 2), cpu):
-        model, _ = load_model(location, dtype, processed=False)
-        model.requires_grad_(False)
-        return InMemory(model), find_blocks(model)
+def _opened(location: GgufFile) -> tuple[LazyGguf, list[Block]]:
+    """Open a 16-bit file with its blocks on disk."""
+    dtype: DtypeName = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
     lazy = LazyGguf(location, dtype)
     blocks = find_blocks(lazy.model)
     lazy.acquire_rest([block.name for block in blocks])
@@ -177,7 +169,8 @@ def _read(
 ) -> None:
     """Read a batch forward and backward.
 
-    A streamed block is in memory only while it computes: it keeps its inputs alone, and computes again for the gradients.
+    A block is in memory only while it computes: it keeps its inputs alone, and computes again for the gradients. All samples
+    together read it twice, which takes no longer than one at a time with everything in memory.
 
     Args:
         weights: the model's.
@@ -187,7 +180,7 @@ def _read(
         advance: called with the number of samples just read.
     """
     model, answers, ends = weights.model, list[Answer](), list[Tensor]()
-    share = len(batch) / len(blocks) / (2 if weights.streams else 1)
+    share = len(batch) / len(blocks) / 2
 
     def forward(block: Block) -> Callable[..., Any]:
         own = block.module.forward
@@ -200,9 +193,7 @@ def _read(
                 weights.release(block.name)
                 advance(share)
 
-        again: Callable[..., Any] = (
-            partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False) if weights.streams else run
-        )
+        again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             output = again(*args, **kwargs)
