@@ -1,8 +1,8 @@
 """Memory and speed of `coprune prune MIXTURE --remove experts=keep:…` (three quarters), beside `cp` of the same files.
 
-A synthetic mixture of random codes is written, cut in a fresh process whose pages are counted while it runs (its own, and
-those of mapped files, which the system takes back when it wants), and everything is deleted: a Qwen3 mixture as one GGUF
-file in Q4_K, or a folder in FP8 with the shapes of DeepSeek-V3.
+Writes a synthetic mixture of random codes, cuts it in a fresh process whose memory is sampled (its own pages, and those of
+mapped files, which the system can reclaim), and deletes everything. The mixture is a Qwen3 as one GGUF file in Q4_K, or a
+folder in FP8 with the shapes of DeepSeek-V3.
 
     python benchmarks/big_mixtures.py gguf --gigabytes 20 --experts 128 --scores aimer,reap
     python benchmarks/big_mixtures.py fp8 --layers 2 --experts 16
@@ -111,7 +111,7 @@ def cut(asked: argparse.Namespace, folder: Path, files: tuple[Path, Path, Path],
 
 
 def watched(command: list[str]) -> tuple[float, tuple[int, int]]:
-    """Run a command; returns its seconds of a processor, and the most bytes of own pages and of files' it had at a time."""
+    """Run a command; returns its CPU seconds, and its peak bytes of own pages and of mapped files."""
     before, most = time.process_time(), (0, 0)
     with subprocess.Popen(command) as process:
         while process.poll() is None:
@@ -162,7 +162,7 @@ def write_gguf(file: Path, asked: argparse.Namespace) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        # Every tensor is a part of one table of random codes, which is faster than to draw each anew.
+        # Every tensor is a part of one table of random codes, which is faster than drawing each.
         most = max(math.prod(shape) // values for _, shape, is_coded in todo if is_coded)
         pool = generator.integers(0, 256, (2 * most, size), dtype=np.uint8)
         for name, shape, is_coded in todo:
@@ -179,7 +179,7 @@ def write_gguf(file: Path, asked: argparse.Namespace) -> None:
 
 
 def write_settings(writer: GGUFWriter, asked: argparse.Namespace, blocks: int) -> None:
-    """Write what llama.cpp has to know, with a tokenizer of bytes."""
+    """Write the metadata that llama.cpp needs, with a byte tokenizer."""
     numbers = {
         "vocab_size": TOKENS,
         "context_length": 2048,
@@ -243,7 +243,7 @@ def write_fp8(folder: Path, asked: argparse.Namespace) -> None:
 
 
 def tensors_of(config: DeepseekV3Config, number: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a layer, or, behind the last one, of what lies outside them."""
+    """The tensors of a layer, or, for the index after the last layer, those outside all layers."""
     generator, width, rank = torch.Generator().manual_seed(number), config.hidden_size, config.q_lora_rank
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     assert rank is not None

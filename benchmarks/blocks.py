@@ -1,4 +1,4 @@
-"""Blocks removed by every score, without training: perplexity of two texts and KL to the dense model on the first.
+"""Blocks removed by every score, without training: perplexity on two texts and KL to the dense model on the first.
 
     python benchmarks/blocks.py [--model smollm2-135m] [--samples 32] [--seqlen 512] [--tokens 5120] [--counts 3,6,9]
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 @contextmanager
 def _without(model: ProvenModel, going: Going, batches: Sequence[Tensor]) -> Iterator[None]:
-    """Let the model do without some blocks in the body."""
+    """Skip some of the model's blocks within the `with` body."""
     with ExitStack() as ended:
         if going.mapped:
             spans, tokens = spans_of(going.blocks, going.mapped), block_score_named(Choice(name="map"))

@@ -39,7 +39,7 @@ def unpacked(packages: Path, folder: Path) -> Path:
 
 
 def per_second(packages: Path, models: dict[str, Path]) -> dict[str, float]:
-    """Sentences that sentence-transformers encodes per second, the best of three turns, in turns of all models."""
+    """Sentences per second of sentence-transformers: the best of three rounds, in which the models take turns."""
     sys.path.append(str(packages))
     from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found, unused-ignore]
 

@@ -1,12 +1,11 @@
-"""A mixture of experts made out of a small dense model, and what removing its experts costs, by score and by domain.
+"""What removing experts costs, by score and by domain, on a mixture made from a small dense model.
 
     python benchmarks/experts.py OUT [--model smollm2-135m] [--steps 32] [--tokens 4096] [--shares 0.25,0.5] [--only channels]
 
-No trained mixture is at hand without a network, so one is made: the channels of every MLP are clustered into eight experts
-by when they are active, a router is fitted to the experts' contributions, and both are trained toward the dense MLP's
-answers, four experts a token. The domains are Wikipedia passages and Python code. The same shares of every expert's
-channels are removed, too. The mixture stays in OUT/mixture, and is not made again where it is there. Prints a line as soon
-as it is measured.
+Trained mixtures need a download, so one is made: the channels of every MLP are clustered into eight experts by when they
+are active, a router is fitted to the experts' contributions, and both are trained toward the dense MLP's outputs, with
+four experts per token. The domains are Wikipedia passages and Python code. For comparison, the same shares of every
+expert's channels are removed. The mixture is kept in OUT/mixture and reused. Prints each line as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def _windows(tokenizer: object, text: Path) -> Tensor:
 
 @torch.no_grad()
 def _split_mlps(dense: PreTrainedModel, mixture: PreTrainedModel, windows: Tensor, steps: int) -> None:
-    """Give every block's experts the dense MLP's channels, so that the chosen ones add up to their part of it; train them."""
+    """Give every block's experts the dense MLP's channels, so that chosen experts sum to their part of it, and train them."""
     inputs: dict[int, list[Tensor]] = {}
     layers = dense.get_submodule("model.layers")
     hooks = [
@@ -140,7 +139,7 @@ def _clustered(active: Tensor) -> Tensor:
 
 
 def _fitted(hidden: Tensor, answers: Tensor) -> Tensor:
-    """E × H: a router whose logits go with the logarithm of how much an expert answers, and whose gates are nearly equal."""
+    """E × H: a router whose logits follow the logarithm of each expert's output norm, scaled so that gates are nearly equal."""
     wanted = answers.log()
     wanted = 0.2 * (wanted - wanted.mean(dim=1, keepdim=True))
     gram = hidden.T @ hidden
@@ -150,7 +149,7 @@ def _fitted(hidden: Tensor, answers: Tensor) -> Tensor:
 
 
 def _trained(experts: torch.nn.Module, hidden: Tensor, wanted: Tensor, steps: int) -> float:
-    """Train a router and its experts toward the dense MLP's answers; returns the relative error of the last batches."""
+    """Train a router and its experts toward the dense MLP's outputs; returns the relative error of the last batches."""
     experts.requires_grad_(True)
     optimizer = torch.optim.Adam(
         [
@@ -162,7 +161,7 @@ def _trained(experts: torch.nn.Module, hidden: Tensor, wanted: Tensor, steps: in
     for _ in range(steps):
         batch = torch.randperm(len(hidden), generator=generator)[:512]
         found = experts(hidden[batch][None])[0]
-        # Token by token: the first one of a text is a thousand times as large as the others.
+        # Normalised per token: the first one of a text is a thousand times as large as the others.
         error = ((found - wanted[batch]).square().sum(dim=1) / wanted[batch].square().sum(dim=1)).mean()
         optimizer.zero_grad()
         error.backward()
@@ -173,7 +172,7 @@ def _trained(experts: torch.nn.Module, hidden: Tensor, wanted: Tensor, steps: in
 
 
 def measure(asked: argparse.Namespace, mixture: Path, texts: dict[str, Path]) -> None:
-    """Remove experts in every way, by the scores of one pass over both domains, and channels of all experts."""
+    """Remove experts by every score, and channels of all experts; one pass over both domains gives the scores."""
     measured = f"embedded,{texts['code.test']}"
     domains = {"wiki": texts["wiki"], "code": texts["code"]}
     print(f"{'way':40} {'parameters':>12} {'Wikipedia':>18} {'code':>18}   kept of wiki, code", flush=True)

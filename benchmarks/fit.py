@@ -1,11 +1,11 @@
-"""What `coprune fit` finds beside the best plain quant that keeps the same, on items that the search has not seen.
+"""What `coprune fit` finds, beside the best plain quant that meets the same limit, on items that the search has not seen.
 
     TASK_DATA=my-data python benchmarks/fit.py --folder out/fit --task text --budget 15m [--model gemma-3-270m.gguf]
 
 Tasks: `choice` (ARC-Easy by its definition in docs/tasks, whose items TASK_DATA holds), `text` (Wikipedia, the embedded test
 text), `prompts` (how paragraphs of the same text begin). Each call adds or replaces one row of benchmarks/results/fit.csv.
-Tokens a second are medians over single steps of what was found and of the best plain quant, which take turns in one process
-(`coprune bench`): of the processor's time with one thread, which others of the machine take no part in.
+Tokens per second are medians over single steps of the found model and the best plain quant, which take turns in one process
+(`coprune bench`). They count CPU time of one thread, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PROMPT, _STEPS = 128, 256
 
 
 def main() -> None:
-    """Fit one model to one task, and keep the row."""
+    """Fit one model to one task, and write its row."""
     asked = options()
     torch.set_num_threads(asked.threads)
     folder = asked.folder / f"{Path(asked.model).stem}-{asked.task}-{asked.seed}"
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def items(asked: argparse.Namespace) -> str:
-    """The file of a task."""
+    """The file of a task's items."""
     if asked.task == "choice":
         return str(ROOT / "docs" / "tasks" / "arc_easy.yaml")
     read = evaluation_text("embedded")
@@ -80,7 +80,7 @@ def items(asked: argparse.Namespace) -> str:
 
 
 def speeds(found: coprune.Fitted, workshop: Workshop) -> dict[str, float]:
-    """Tokens a second of what was found and of the best plain quant, which is made again, by their names."""
+    """Tokens per second of the found model and of the best plain quant (made again here), by name."""
     files = {found.chosen: found.file}
     if found.plain is not None and found.plain != found.chosen:
         files[found.plain] = workshop.making.file(Candidate(DENSE, found.plain))
@@ -93,7 +93,7 @@ def speeds(found: coprune.Fitted, workshop: Workshop) -> dict[str, float]:
 def row_of(
     asked: argparse.Namespace, found: coprune.Fitted, facts: dict[str, Any], speed: dict[str, float]
 ) -> dict[str, str]:
-    """What was found and the best plain quant, both as they were on the unseen half."""
+    """The row: the found model and the best plain quant, each as measured on the unseen half."""
     rows = facts["rows"]
     chosen = next(row for row in rows if row["chosen"])
     plain = next((row for row in rows if row["name"] == found.plain), None)
@@ -122,7 +122,7 @@ def row_of(
 
 
 def keep(row: dict[str, str]) -> None:
-    """Add a row, or replace the one of the same model, task and seed."""
+    """Add a row to the table, or replace the one of the same model, task and seed."""
     known = list(csv.DictReader(RESULT.read_text().splitlines())) if RESULT.exists() else []
     rows = [one for one in known if any(one[name] != row[name] for name in _KEY)] + [row]
     with RESULT.open("w", encoding="utf-8", newline="") as stream:
@@ -132,7 +132,7 @@ def keep(row: dict[str, str]) -> None:
 
 
 def options() -> argparse.Namespace:
-    """What is asked for."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", choices=[*REQUIRED], required=True)

@@ -1,13 +1,13 @@
-"""What to take at a given size: pruned models beside llama.cpp's own quants of the dense model.
+"""Which model is best at a given size: pruned ones beside llama.cpp's own quants of the dense model.
 
-    python benchmarks/frontier.py                              # all rows, in hours; goes on where it stopped
-    python benchmarks/frontier.py --only 'dense,sparsegpt 50%' # the rows whose names have one of these in them
-    python benchmarks/frontier.py --without-speed --threads 1  # several at once; a later run adds how fast they are
+    python benchmarks/frontier.py                              # all rows: hours; resumes where it stopped
+    python benchmarks/frontier.py --only 'dense,sparsegpt 50%' # rows whose names contain one of these
+    python benchmarks/frontier.py --without-speed --threads 1  # several at once; a later run adds the speeds
 
-The dense model of the table is moved off the grid of 4 bits that a GGUF file may have held its weights on, where 4 bits
-would be free: every weight by a random part of what rounding to 4 bits would move it, and then some minutes of training
-that mend this. Every row is a process of its own that leaves one JSON file. GGUF files are run by llama.cpp, for quality
-and speed; all else by transformers, and not timed. Zeros count one bit for where they are.
+The dense model's weights may come from a 4-bit GGUF file, and rounding them to 4 bits would then cost nothing. So every
+weight is first moved by a random part of a 4-bit step, and some minutes of training repair the damage. Every row runs in a
+process of its own that leaves one JSON file. GGUF files are run by llama.cpp, for quality and speed; all others by
+transformers, untimed. A sparse matrix counts one bit per weight for the positions of its zeros.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLUMNS = ("row", "MB", "bits/weight", "Wikipedia", "novels", "KL", *SPEEDS, "sm
 
 
 def main() -> None:
-    """Measure the rows that are asked for and not there yet, then print all that are."""
+    """Measure the rows that are asked for and missing, then print all there are."""
     asked = options()
     if asked.row or asked.run:
         measure_row(asked, asked.row) if asked.row else measure_speed(asked.run, asked.threads)
@@ -78,7 +78,7 @@ def measure_row(asked: argparse.Namespace, name: str) -> None:
 
 
 def quality(asked: argparse.Namespace, model: Path) -> dict[str, Any]:
-    """Perplexity on both texts, and KL to the dense model on all of it, window by window on the same tokens."""
+    """Perplexity on both texts, and KL to the dense model over all windows of the same tokens."""
     logits_of, found, divergences = logits_by(model, asked), {}, []
     dense = cache(partial(load_model, locate(str(moved(asked))), "float32"))  # loaded where a text is new
     for text in TEXTS:
@@ -90,7 +90,7 @@ def quality(asked: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 
 def logits_by(model: Path, asked: argparse.Namespace) -> LogitsOf:
-    """llama.cpp's, or transformers' in float32."""
+    """The function that computes logits: by llama.cpp, or by transformers in float32."""
     if model.suffix == ".gguf":
         llama = LlamaCpp(model, asked.seqlen, asked.threads)
         return lambda window: llama.logits(window[0].tolist())[None]
@@ -99,7 +99,7 @@ def logits_by(model: Path, asked: argparse.Namespace) -> LogitsOf:
 
 
 def speed_of(model: Path, threads: int) -> dict[str, Any]:
-    """What `measure_speed` says in a process of its own, so that its peak memory is the model's."""
+    """Run `measure_speed` in a process of its own, so that the peak memory is the model's."""
     command = [sys.executable, __file__, "--run", str(model), "--threads", str(threads)]
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
@@ -107,7 +107,7 @@ def speed_of(model: Path, threads: int) -> dict[str, Any]:
 
 
 def measure_speed(model: Path, threads: int) -> None:
-    """Decoding and prefill of one sequence in the model's own runtime, and what this process took at most, as JSON."""
+    """Decoding and prefill speed of one sequence in the model's own runtime, and this process's peak memory, as JSON."""
     torch.set_num_threads(threads)
     (row,) = coprune.bench(model, prompt=128, tokens=48).rows
     print(json.dumps({"decode": row.decode.median, "prefill": row.prefill.median, "peak": peak_memory() / 2**30}))

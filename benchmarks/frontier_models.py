@@ -1,4 +1,4 @@
-"""The models of the table of benchmarks/frontier.py: the dense one, and what is pruned, rounded or exported of it."""
+"""The models of benchmarks/frontier.py: the dense one, and those pruned, rounded or exported from it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TEXTS = ("embedded", "embedded-lambada")
 
 
 def kept(asked: argparse.Namespace, name: str) -> Path:
-    """Where a row's figures are."""
+    """The file of a row's figures."""
     folder: Path = asked.folder / "rows"
     return folder / f"{re.sub('[ :%]+', '-', name)}.json"
 
 
 def make_row(asked: argparse.Namespace, name: str) -> tuple[dict[str, Any], Path | None]:
-    """A row's model and size, and what of it can be run for its speed."""
+    """Make a row's model; returns it, its size, and the file that can be timed."""
     way, pattern, stored = parts_of(name)
     if pattern is None:
         source = moved(asked) if way == "dense" else pruned(asked, way, {"remove": "channels=0.25"})
@@ -59,7 +59,7 @@ def how_to(way: str, pattern: str) -> dict[str, Any]:
 
 
 def moved(asked: argparse.Namespace) -> Path:
-    """The dense model of the table: off a grid of 4 bits, and trained for some minutes, all of its weights."""
+    """The dense model of the table: moved off a 4-bit grid, then all weights trained for some minutes."""
     if (target := Path(asked.folder / "dense")).exists():
         return target
     model, tokenizer = load_model(locate(asked.model), "float32")
@@ -101,16 +101,16 @@ def off_the_grid(model: torch.nn.Module) -> None:
 
 
 def four_bit_steps(matrix: Tensor) -> Tensor:
-    """For every weight a 15th of the range of the 32 neighbours that it would be rounded with."""
+    """For every weight, a 15th of the range of the group of 32 that it would be rounded with."""
     low, high = matrix.detach().reshape(-1, 32).aminmax(dim=1)
     return ((high - low) / 15).clamp_min(1e-9).repeat_interleave(32).reshape(matrix.shape)
 
 
 def pruned(asked: argparse.Namespace, name: str, settings: dict[str, Any]) -> Path:
-    """A folder that is pruned as a row says. What is there is not made again."""
+    """The folder pruned as a row says; an existing one is reused."""
     folder: Path = asked.folder / "models" / kept(asked, name).stem
     run = asked.folder / "runs" / kept(asked, name).stem
-    if not ((run / "report.json").exists() and folder.exists()):  # a preset that trains leaves a report before that
+    if not ((run / "report.json").exists() and folder.exists()):  # a preset that trains writes a report before it ends
         data = {"dataset": TEXTS[0], "nsamples": asked.samples, "seqlen": asked.seqlen, "evaluate": False}
         places = {"save": run, "save_model": folder}
         coprune.prune(moved(asked), dtype="bfloat16", stream=False, prompt="", gate=False, **data, **places, **settings)

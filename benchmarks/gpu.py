@@ -1,13 +1,13 @@
-"""Prove coprune on one GPU in under ten minutes: right as on the CPU, how fast, how much memory. Prints Markdown.
+"""Test coprune on one GPU in under ten minutes: the same results as on the CPU, speed and memory. Prints Markdown.
 
-Every section is a process of its own with a time of its own, so none of them can stop the others: not by an error, not by
-hanging, not by a device that is broken after a wrong address. The end is a verdict; where a section that proves
-correctness failed, the exit code is 1. Where there is no GPU, that is said, with exit code 2.
+Every section runs in a process of its own with a time limit of its own, so that none can stop the others: not by an error, a
+hang, or a device left unusable by an illegal address. A verdict ends the output. The exit code is 1 where a section that
+tests correctness failed, and 2 without a GPU.
 
     python benchmarks/gpu.py                                  # on the GPU that torch finds
-    python benchmarks/gpu.py --sections machine,wide          # some of it
-    python benchmarks/gpu.py --device sim                     # what proves, on the simulated device, in tiny sizes
-    python benchmarks/gpu.py --device sim --sections all      # what measures too, to try this script: its times mean nothing
+    python benchmarks/gpu.py --sections machine,wide          # two of the sections
+    python benchmarks/gpu.py --device sim                     # the correctness sections, simulated, in tiny sizes
+    python benchmarks/gpu.py --device sim --sections all      # all sections, to try this script: times mean nothing
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEAST = 5.0
 
 
 class Outcome(NamedTuple):
-    """What became of a section. passed: None where it was left out, and said why."""
+    """How a section ended. passed: None where it was skipped."""
 
     section: str
     passed: bool | None
@@ -77,7 +77,7 @@ def found_device() -> str | None:
 
 
 def heading(device: str, tiny: bool) -> str:
-    """What was run, when, on what; the machine's section tells more of it."""
+    """What was run, when, and where; the machine's section says more."""
     from importlib.metadata import version
 
     git = ["git", "-C", str(HERE.parent), "describe", "--always", "--dirty"]
@@ -89,7 +89,7 @@ def heading(device: str, tiny: bool) -> str:
 
 
 def run_section(name: str, section: Section, asked: Asked, ends: float) -> Outcome:
-    """Run a section in a process of its own and print what it says. ends: when the whole has to be over."""
+    """Run a section in a process of its own and print its output. ends: when the whole benchmark has to be over."""
     print(f"\n## {section.title}\n", flush=True)
     limit = section.seconds if asked.device != SIMULATED else 60 * section.seconds
     seconds = min(limit, ends - time.monotonic())
@@ -101,7 +101,7 @@ def run_section(name: str, section: Section, asked: Asked, ends: float) -> Outco
 
 
 def command_of(name: str, asked: Asked) -> list[str]:
-    """What runs one section."""
+    """The command that runs one section."""
     words = ["--inside", name, "--device", asked.device, "--seconds", f"{asked.seconds:.0f}", "--cases", asked.cases]
     return [sys.executable, str(HERE), *words, "--folder", str(asked.folder), *(["--tiny"] if asked.tiny else [])]
 
@@ -113,7 +113,7 @@ def environment_of(asked: Asked) -> dict[str, str]:
 
 
 def outcome_of(name: str, command: Sequence[str], environment: dict[str, str], seconds: float) -> Outcome:
-    """Run a command to its end or for so long, print what it prints, and tell what became of it."""
+    """Run a command until it ends or its time is up, print its output, and return how it ended."""
     started = time.monotonic()
     ending: list[str] = []
     errors: deque[str] = deque(maxlen=3)
@@ -146,7 +146,7 @@ def outcome_of(name: str, command: Sequence[str], environment: dict[str, str], s
 
 
 def relay(stream: IO[str], ending: list[str]) -> None:
-    """Print lines as they come, and keep the one that is the section's result."""
+    """Print lines as they come, and return the one that holds the section's result."""
     for line in stream:
         if line.startswith(ENDING):
             ending.append(line.removeprefix(ENDING))
@@ -155,12 +155,12 @@ def relay(stream: IO[str], ending: list[str]) -> None:
 
 
 def failed(outcome: Outcome) -> bool:
-    """Whether correctness was to be proven, and was not."""
+    """Whether a section that tests correctness failed."""
     return outcome.passed is False and SECTIONS[outcome.section].proves
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
-    """The end: what passed, what failed, what was left out."""
+    """The last lines: what passed, failed and was skipped."""
     words = {True: "passed", False: "FAILED", None: "left out"}
     lines = ["\n## Verdict\n", "| section | proves | | |", "| --- | --- | --- | --- |"]
     for name, passed, said, seconds in outcomes:

@@ -1,9 +1,9 @@
-"""What pruning Llama-3-8B on one GPU would take, on paper: from launches, waits and copies that were counted, FLOPs and bytes.
+"""How long pruning Llama-3-8B on one GPU should take, estimated from counted launches, waits and copies, FLOPs and bytes.
 
-An estimate, not a measurement. Launches, waits and copies are those that the simulated device counted on small models, drawn
-out to the sizes of this one: they grow with the batches, the matrices, and SparseGPT's with the columns. FLOPs and bytes
-follow from the shapes. How fast a GPU does them is assumed, and every assumption is an option; `benchmarks/gpu.py` measures
-them and prints the options. Not in it: the disk, loading, what Python does between launches, and perplexity.
+An estimate, not a measurement. The simulated device counted launches, waits and copies on small models; they are scaled to
+this model's sizes, with the batches, the matrices and, for SparseGPT, the columns. FLOPs and bytes follow from the shapes.
+The speeds of a GPU are assumptions, each an option; `benchmarks/gpu.py` measures them and prints the options. Left out: the
+disk, loading, Python's time between launches, and perplexity.
 
     python benchmarks/gpu_estimate.py                              # one H100 with 80 GB (SXM), 128 × 2048 tokens
     python benchmarks/gpu_estimate.py --float32-tflops 30 --launch-us 10
@@ -37,7 +37,7 @@ Stages = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a LLaMA and of what calibrates it."""
+    """Sizes of a LLaMA and of its calibration tokens."""
 
     width: int = 4096
     inner: int = 14336
@@ -79,7 +79,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a GPU and its host are assumed to reach, not what their makers say they could."""
+    """Assumed speeds of a GPU and its host, below their makers' peak figures."""
 
     bf16_tflops: float = 400.0
     float32_tflops: float = 45.0
@@ -92,7 +92,7 @@ class Machine:
 
 
 class Way(NamedTuple):
-    """A way to prune: the method, the counts that it is reckoned with, and what was different when they were made."""
+    """A way to prune: the method, the counts used, and how the run that counted them differed."""
 
     name: str
     method: str
@@ -107,7 +107,7 @@ class Way(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a block asks of the device."""
+    """Work that a block gives the device."""
 
     walk_launches: float
     solve_launches: float
@@ -117,7 +117,7 @@ class Asked(NamedTuple):
 
 
 def drawn_out(way: Way, shape: Shape) -> Asked:
-    """What a block of this shape asks for, from what small ones were counted to."""
+    """The work of a block of this shape, scaled from counts on small ones."""
 
     def counts(stage: str, method: str = way.method) -> Mapping[str, int]:
         return way.stages[f"{method} 2:4: a matrix and its report{stage}"]
@@ -145,7 +145,7 @@ def drawn_out(way: Way, shape: Shape) -> Asked:
 
 
 def products_of(shape: Shape) -> float:
-    """FLOPs of one pass through a block: its matrices, and attention of which half is masked."""
+    """FLOPs of one pass through a block: its matrices, and attention, half of which is masked."""
     return shape.tokens * (2.0 * shape.weights + 2.0 * shape.seqlen * shape.width)
 
 
@@ -160,12 +160,12 @@ def passed_by(shape: Shape) -> float:
 
 
 def gram_of(tokens: int, width: int, panel: int) -> float:
-    """FLOPs of a Gram matrix on the panels of the diagonal and right of them."""
+    """FLOPs of a Gram matrix of which only the panels on the diagonal and right of it are computed."""
     return 2.0 * tokens * sum(min(panel, width - start) * (width - start) for start in range(0, width, panel))
 
 
 def seconds_of_block(way: Way, shape: Shape, machine: Machine) -> dict[str, float]:
-    """Seconds of a block by part; `all` is what passes by the clock, where host and device work beside each other."""
+    """Seconds of a block by part; `all` is wall time, during which host and device overlap."""
     asked, tera, giga = drawn_out(way, shape), 1e12, 1e9
     # To float32 (2 + 4 bytes), square (4 + 4), sum (4).
     statistics = shape.tokens * sum(shape.inputs) * 18 / (machine.memory_gbs * giga)
@@ -200,7 +200,7 @@ def seconds_of_block(way: Way, shape: Shape, machine: Machine) -> dict[str, floa
 
 
 def ways(before: Stages, now: Stages) -> tuple[Way, ...]:
-    """What is compared."""
+    """The ways that are compared."""
     old: dict[str, Any] = {"overlaps": False, "panel": None, "tensor_cores": False}
     return (
         Way("Wanda 2:4, before", "wanda", before, **old),

@@ -1,7 +1,7 @@
 """How the CPU time of pruning grows with calibration tokens, width and depth: fitted exponents, and a plot.
 
-Synthetic LLaMAs of equal blocks; one thing is varied at a time. Every run is a process of its own, and only pruning is
-timed, so that loading and imports do not flatten the curves. A forward pass of the same tokens is shown beside them.
+Synthetic LLaMAs of equal blocks, of which one size is varied at a time. Every run is a process of its own, and only pruning
+is timed, so that loading and imports do not flatten the curves. A forward pass of the same tokens is shown beside them.
 
     python benchmarks/growth.py                                    # an hour on one core
     python benchmarks/growth.py --tokens 512,1024 --widths 256,512 --depths 2,4 --base 512,256,2    # minutes
@@ -91,7 +91,7 @@ def exponent(rows: list[dict[str, Any]], axis: str, series: str) -> float:
 
 
 def plot(rows: list[dict[str, Any]]) -> alt.VConcatChart:
-    """CPU time over size, both logarithmic, one panel per thing that is varied."""
+    """CPU time over size, both logarithmic, one panel per varied size."""
     panels = []
     for axis in AXES:
         data = alt.Data(values=[row for row in rows if row["axis"] == axis])

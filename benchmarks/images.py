@@ -36,7 +36,7 @@ MODES = ("lora", "dense", "distill")
 
 @dataclass(frozen=True)
 class Small:
-    """One of timm's architectures made small."""
+    """A small version of one of timm's architectures."""
 
     architecture: str
     size: int
@@ -117,7 +117,7 @@ def finetuning_table(folder: Path, nsamples: int, epochs: float, rate: float) ->
 
 
 def accuracy_after(settings: dict[str, Any]) -> str:
-    """Fine-tune, and give the accuracy of the model, whose zeros are all there; a dash where its layers get no adapters."""
+    """Fine-tune with all zeros kept, and return the accuracy; a dash where the layers get no adapters."""
     try:
         report = run_finetuning(training_recipe(settings), Reporter(quiet=True))
     except BadInput as error:
@@ -130,7 +130,7 @@ def accuracy_after(settings: dict[str, Any]) -> str:
 
 
 def shares(value: float, low: float, high: float) -> str:
-    """An accuracy with its interval."""
+    """An accuracy with its interval, in per cent."""
     return f"{value:.1%} [{low:.1%}, {high:.1%}]"
 
 

@@ -1,4 +1,4 @@
-"""What calibration on a model's own text changes: perplexity, what is written, and closeness along the model's own answers.
+"""What calibration on a model's own text changes: perplexity, written answers, and divergence along the dense model's answers.
 
     python benchmarks/own_text.py smollm2-135m --nsamples 32 --seqlen 256 --pattern 2:4 --seeds 0 1 2
 
@@ -43,7 +43,7 @@ def write_halves(folder: Path) -> tuple[str, str]:
 
 
 def kinds(nsamples: int, prompts: str = "PROMPTS") -> dict[str, tuple[str, int]]:
-    """By name, what is calibrated on, and how many samples of it."""
+    """The kinds of calibration data by name, with the number of samples of each part."""
     return {
         "Wikipedia": ("embedded", nsamples),
         "own text": ("self", nsamples),
@@ -58,14 +58,14 @@ def kinds(nsamples: int, prompts: str = "PROMPTS") -> dict[str, tuple[str, int]]
 
 @torch.no_grad()
 def along(model: Any, answer: tuple[list[int], list[int]]) -> Tensor:
-    """What a model would write at each token of an answer: logarithms of probabilities, a row per token."""
+    """A model's log-probabilities at each token of an answer: a row per token."""
     prompt, written = answer
     found: Tensor = model(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 : -1]
     return found.float().log_softmax(-1)
 
 
 def along_dense(model: str, pairs: list[tuple[list[int], list[int]]]) -> list[Tensor]:
-    """The same of the dense model, for every answer; the model is let go of."""
+    """The dense model's log-probabilities for every answer; the model is freed afterwards."""
     dense: Any = coprune.prune(model, sparsity=0.0, method="magnitude", evaluate=False, layer_error=False).model
     return [along(dense, pair) for pair in pairs]
 
@@ -80,7 +80,7 @@ def divergence(expected: list[Tensor], pruned: Any, pairs: list[tuple[list[int],
 
 
 def answers_of(arguments: argparse.Namespace, prompts: str, folder: Path) -> list[tuple[list[int], list[int]]]:
-    """The dense model's own answers, drawn by another seed than any calibration."""
+    """The dense model's own answers, sampled with a seed that no calibration has."""
     target = folder / "answers.jsonl"
     settings: Any = dict(samples=arguments.answers, seqlen=64, seed=12345)
     coprune.generate(arguments.model, target, prompts, **settings)
@@ -95,7 +95,7 @@ def written(way: Any, is_dense: bool = False) -> list[str]:
 
 
 def main() -> None:
-    """Run what is asked for and print a table."""
+    """Run everything that is asked for and print a table."""
     arguments = _options()
     with tempfile.TemporaryDirectory() as name:
         _measure(arguments, Path(name))

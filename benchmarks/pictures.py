@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def sizes() -> alt.VConcatChart:
-    """Draw what removed parts cost and bring, in two runtimes."""
+    """Draw perplexity, size and speed of models with removed parts, in two runtimes."""
     kinds = {
         "dense": "dense",
         "channels": "channels removed",
@@ -49,7 +49,7 @@ def sizes() -> alt.VConcatChart:
 
 
 def how_much(model: str) -> list[str]:
-    """Return the share of a model's weights, channels or blocks that it lost."""
+    """Return the share of weights, channels or blocks that a model lost."""
     if " → " in model:
         before, after = map(int, re.findall(r"\d+", model))
         return [f"{100 * (1 - after / before):.0f} %"]
@@ -57,7 +57,7 @@ def how_much(model: str) -> list[str]:
 
 
 def frontier() -> alt.VConcatChart:
-    """Draw what is worth its bytes, and its time; of the rows with zeros, those whose names can be read beside each other."""
+    """Draw models by bytes and by speed, without those rows with zeros whose labels would overlap."""
     rows = []
     for row in figures("frontier-smollm2"):
         *done, stored = row["row"].split()
@@ -73,7 +73,7 @@ def frontier() -> alt.VConcatChart:
 
 
 def vocabulary() -> alt.LayerChart:
-    """Draw what fewer tokens bring beside llama.cpp's own quants, on Gemma-3-270M."""
+    """Draw smaller vocabularies beside llama.cpp's own quants, on Gemma-3-270M."""
     rows = [
         {"name": row["file"], "MB": row["MB"], "bits": row["Wikipedia"].split()[0]}
         | {"label": row["file"].removeprefix("whole ").replace("vocabulary=", "").replace("embedding ", "")}
@@ -106,7 +106,7 @@ def figures(name: str) -> list[dict[str, Any]]:
 
 
 def beside(sides: Sequence[tuple[list[dict[str, Any]], str, str]], shape: str, kinds: list[str]) -> alt.VConcatChart:
-    """Perplexity of rows against two of their fields, one below the other so that a phone shows them in readable letters.
+    """Perplexity of rows against two of their fields, one chart below the other so that a phone shows them legibly.
 
     sides: for each picture its rows, the field along x and that axis's title. A row has `perplexity`, `kind` (its colour, in the
     order of kinds), `label` (written beside it), `name` (shown by the pointer) and the field that shape names.

@@ -1,12 +1,12 @@
-"""Time of one run with 1, 2 and 4 processes, and where it goes: work, communication, waiting for each other.
+"""Time of one run with 1, 2 and 4 processes, split into work, communication and waiting.
 
-Masks differ a little where sums are added up in another order: what one process gives with smaller batches is shown as
-well, since it differs from its own usual result for the same reason. The first blocks are equal; SparseGPT's updates
-then carry the last bit's differences on from column to column and from block to block.
+Masks differ a little where sums are added in another order. One process with smaller batches differs from its usual result
+for the same reason, so that is shown as well. The first blocks are equal; SparseGPT's updates then carry rounding
+differences on from column to column and from block to block.
 
 The runs are interleaved and the times are given as ratios to one process with one thread, since other work on the
 machine disturbs all of them alike. Every process computes with one thread. Before each exchange the processes wait for
-each other (that time is idle), so what the exchange itself takes can be told apart.
+each other (counted as idle), so that the exchange itself is timed alone.
 
     python benchmarks/processes.py                                            # SmolLM2-135M, Wanda and SparseGPT
     python benchmarks/processes.py --methods sparsegpt --propagations block,sequential --repeats 5
@@ -59,7 +59,7 @@ def main() -> None:
 def measure(
     arguments: argparse.Namespace, method: str, propagation: str, count: int, out: Path, batch: int | None = None
 ) -> Times:
-    """One run in processes of its own; seconds of the walk, and of communication and idling within it, their mean."""
+    """Time one run in its own processes; returns mean seconds of the walk, and of communication and idling within it."""
     settings = dict(
         model=arguments.model,
         method=method,
@@ -83,7 +83,7 @@ def measure(
 
 
 def inside(settings: dict[str, Any]) -> None:
-    """The part that every process runs: count the time in exchanges, and print it."""
+    """Run in every process: time the exchanges, and print the sums."""
     import torch.distributed as dist
 
     from coprune.base import processes as distributed
@@ -125,7 +125,7 @@ def print_line(
 
 
 def differing(one: Path, other: Path) -> tuple[int, int]:
-    """How many entries of all matrices are zero in one checkpoint and not in the other, of how many."""
+    """Number of entries that are zero in only one of two checkpoints, and of all entries."""
     from safetensors.torch import load_file
 
     a, b = load_file(one / "model" / "model.safetensors"), load_file(other / "model" / "model.safetensors")

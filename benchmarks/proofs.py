@@ -1,10 +1,10 @@
-"""How often `coprune fit` says *kept* of a model that is exactly at the limit, where it should in one of twenty trials at most.
+"""How often `coprune fit` says *kept* of a model exactly at the limit, which should be in at most one of twenty trials.
 
     python benchmarks/proofs.py [--trials 2000]     # some minutes of one core; then python benchmarks/tables.py
 
-Figures of items are drawn from known distributions whose mean is at the limit. `before` is what earlier versions took: Student's
-interval of the differences, for all but differences of accuracy. Results: benchmarks/results/proofs.csv (shares of trials, the
-largest of all distributions of a figure in proofs-worst.csv) and proofs-items.csv (items that a proof takes).
+Scores of items are drawn from known distributions whose mean is at the limit. `before` is the rule of earlier versions:
+Student's interval of the differences, for all but differences of accuracy. Results: benchmarks/results/proofs.csv (shares of
+trials), proofs-worst.csv (the largest over all distributions) and proofs-items.csv (items that a proof takes).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _bits(loss: Draw) -> Pair:
 
 
 def answers(dense: float, found: float, gained: float) -> Pair:
-    """Right answers with given shares: of the dense model, of the other, and of those that only the other has."""
+    """Right answers at given rates: the dense model's, the other's, and those that only the other has."""
 
     def draw(rng: np.random.Generator, count: int) -> tuple[Values, Values]:
         drawn = rng.random(count)
@@ -94,14 +94,14 @@ TRUTHS |= {
 def wrongly_kept(
     text: str, draw: Pair, items: int, trials: int, seed: int = 0, kept: Callable[..., bool] | None = None
 ) -> float:
-    """Return the share of trials in which a condition is said to be kept. kept: another rule than coprune's."""
+    """Return the share of trials that call a condition kept. kept: the rule to use instead of coprune's."""
     (condition,) = read_conditions(text)
     rng, rule = np.random.default_rng([seed, items]), kept or Condition.is_kept
     return sum(rule(condition, *map(list, draw(rng, items))) for _ in range(trials)) / trials
 
 
 def before(condition: Condition, found: Sequence[float], dense: Sequence[float]) -> bool:
-    """Say what Student's interval says."""
+    """Decide by Student's interval."""
     from scipy.special import stdtrit
 
     if condition.metric == "accuracy" and condition.factor in (0.0, 1.0):
@@ -115,7 +115,7 @@ def before(condition: Condition, found: Sequence[float], dense: Sequence[float])
 def items_for(text: str, used: float, spread: float) -> int:
     """Return how many unseen items prove a condition in half of all trials.
 
-    used: the share of the allowed loss that is lost, in the mean. spread: its standard deviation, in the same unit.
+    used: mean loss, as a share of the allowed one. spread: its standard deviation, in the same unit.
     """
     (condition,) = read_conditions(text)
     rng = np.random.default_rng(0)
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 def worst(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row of each condition: of the distributions the largest share, before and now, by the number of items."""
+    """Return a row for each condition and number of items: the largest share of any distribution, before and now."""
 
     def most(text: str, items: int, when: str) -> str:
         return f"{100 * max(row[when] for row in rows if (row['condition'], row['items']) == (text, items)):.1f}"

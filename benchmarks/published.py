@@ -1,4 +1,4 @@
-"""Wanda and SparseGPT as they were published, written plainly from the formulas, to be timed against.
+"""Wanda and SparseGPT as published, written directly from the formulas, as the baseline for times.
 
 One sample at a time, every block run twice (once to look at its inputs, once with its pruned weights), a statistic per
 matrix even where matrices share their input, a Python loop over columns or groups of columns. Imports nothing of coprune.
@@ -46,7 +46,7 @@ def hidden(output: Any) -> Tensor:
 
 
 def first_inputs(model: nn.Module, first: nn.Module, tokens: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """What every sample gives the first block, and the block's other arguments."""
+    """Every sample's input of the first block, and the block's other arguments."""
     inputs: list[Tensor] = []
     arguments: dict[str, Any] = {}
 

@@ -1,10 +1,10 @@
 """Quality of methods × patterns on a real model: perplexity on two texts, closeness to dense, layer error, cost.
 
-Every cell is a process of its own, so that its peak memory is its own, and leaves one JSON file; a table that was
-interrupted goes on where it stopped, and every row says when, where and from which commit it was measured. Calibration
-(and the training of a preset) is on one part of the embedded Wikipedia text; perplexity on another part of it and on
-novels, which nothing saw before. Presets were chosen on neither of the two. The weights of smollm2-135m were 4-bit before
-they were dequantised, so the figures compare methods, not models.
+Every cell runs in a process of its own, so that its peak memory is its own, and leaves one JSON file. An interrupted table
+resumes where it stopped, and every row says when, where and from which commit it was measured. Calibration (and the
+training of a preset) uses one part of the embedded Wikipedia text; perplexity is on another part of it and on novels,
+neither of which calibration, training or the choice of presets used. The weights of smollm2-135m were 4-bit before they
+were dequantised, so the figures compare methods, not models.
 
     python benchmarks/quality.py                                  # the README's table: the Wanda repository's methods
     python benchmarks/quality.py --nsamples 16 --methods wanda    # a subset in minutes
@@ -12,7 +12,7 @@ they were dequantised, so the figures compare methods, not models.
     python benchmarks/quality.py --methods sparsegpt,alps+owl,balanced --patterns 0.7,0.8 --nsamples 32 --answers 16
     python benchmarks/quality.py --methods sparsegpt,balanced,parts --patterns 2:4 --nsamples 32    # what each part is worth
     python benchmarks/quality.py --methods sparsegpt,balanced --nsamples 32 --seeds 0,1,2 --picture quality.svg
-    python benchmarks/quality.py --methods all --patterns 0.5,0.6,0.7,2:4,4:8 --seeds 0,1,2    # all of it, in hours
+    python benchmarks/quality.py --methods all --patterns 0.5,0.6,0.7,2:4,4:8 --seeds 0,1,2    # everything: hours
     TASK_DATA=my-data python benchmarks/quality.py --methods wanda,sparsegpt,balanced --patterns 2:4 --tasks 100    # zero-shot
 """
 
@@ -121,7 +121,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def meant(asked: str) -> list[str]:
-    """The names that one word of --methods stands for."""
+    """The methods that one word of --methods stands for."""
     from coprune.pruning.methods import METHODS
 
     return {"all": [*METHODS, *PRESETS], "parts": [*PARTS]}.get(asked, [asked])
@@ -143,7 +143,7 @@ def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) ->
         "answers": arguments.answers,
         **({"tasks": arguments.tasks} if arguments.tasks else {}),
         "propagation": arguments.propagation,
-        # A preset that changes is measured anew, and so is what has other defaults.
+        # A changed preset or changed defaults are measured again.
         "how": how,
         "defaults": defaults_of(how) if how else [],
     }
@@ -186,7 +186,7 @@ def prune(settings: dict[str, Any]) -> dict[str, Any]:
         report, model, processor = result.report, result.model, result.processor
     tuned = report.finetuned
     trained, peak = (0.0, report.peak_memory_bytes) if tuned is None else (60 * tuned.minutes, peak_memory())
-    peak = peak if here else None  # the process that trained is gone
+    peak = peak if here else None  # unknown: the process that trained has ended
     errors = [m.relative_layer_error for m in report.matrices if m.relative_layer_error is not None]
     found = figures_of(settings, model, processor) | {
         "layer_error": statistics.fmean(errors) if errors else None,
@@ -211,7 +211,7 @@ def finished(folder: Path) -> Any:
 
 
 def how_to(method: str, pattern: str) -> dict[str, Any]:
-    """Return the settings of a method, a preset (also `by blocks`), or a way of this file's own, for a pattern."""
+    """Return the settings of a method, a preset (also `by blocks`), or a variant defined in this file, for a pattern."""
     preset = method.removesuffix(BY_BLOCKS)
     train = "blocks" if method.endswith(BY_BLOCKS) else "whole"
     named = {"preset": preset, "train": train} if preset in PRESETS else WAYS.get(method, {"method": method})
@@ -278,7 +278,7 @@ def accuracies(settings: dict[str, Any], model: Any, processor: Any) -> dict[str
 
 
 def own_answers(settings: dict[str, Any], model: Any, processor: Any) -> float | None:
-    """Divergence from the dense model along what that answers."""
+    """Divergence from the dense model along that model's own answers."""
     import coprune
 
     asked: Any = {"generate": "builtin", "generate_prompts": settings["answers"], "generate_tokens": 64}
@@ -287,7 +287,7 @@ def own_answers(settings: dict[str, Any], model: Any, processor: Any) -> float |
 
 
 def measured_here() -> str:
-    """Date, commit and processor of what is measured now."""
+    """Date, commit and processor of this measurement."""
     from coprune.report.provenance import MadeFacts
 
     made = MadeFacts.here()
@@ -295,7 +295,7 @@ def measured_here() -> str:
 
 
 def _processor() -> str:
-    """The processor's name, and how many threads compute."""
+    """The processor's name, and the number of threads."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The table and the picture of benchmarks/quality.py, from the figures of its cells."""
+"""The table and the picture of benchmarks/quality.py, made from its cells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WHERE = ("date", "commit", "machine")
 
 
 def facts(dense: dict[str, Any]) -> str:
-    """Say what all rows have in common."""
+    """Return a sentence with the settings that all rows share."""
     tasks = (
         f" Zero-shot accuracy in per cent, the first {dense['tasks']} items of each task." if "tasks" in dense else ""
     )
@@ -103,7 +103,7 @@ def accuracies(group: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def shown(pattern: str) -> str:
-    """A pattern for people: N:M, or a share of zeros."""
+    """A pattern as printed: N:M, or a share of zeros."""
     return pattern if ":" in pattern else f"{100 * float(pattern):.0f} %"
 
 
@@ -116,7 +116,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def draw(dense: dict[str, Any], results: list[dict[str, Any]]) -> altair.HConcatChart:
-    """Perplexity against seconds on both texts: a point for every seed; a rule where the dense model is."""
+    """Draw perplexity against seconds on both texts: a point for every seed, and a line for the dense model."""
     import altair as alt  # not in a cell, whose peak memory is measured
 
     sides = []

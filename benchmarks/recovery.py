@@ -1,8 +1,8 @@
-"""What fine-tuning recovers: perplexity before and after each mode within so many minutes, with every zero kept.
+"""What fine-tuning recovers: perplexity before and after each mode, in a given number of minutes, with every zero kept.
 
 A model is pruned by wanda, fine-tuned on one part of the embedded Wikipedia text, and measured on another part of it
 and on novels, which neither calibration nor training saw. Pruned models and finished cells are kept in a folder, so an
-interrupted table goes on where it stopped; an interrupted cell goes on from its last state. The weights of
+interrupted table resumes where it stopped, and an interrupted cell from its last state. The weights of
 smollm2-135m were 4-bit before they were dequantised, so the figures compare modes, not models.
 
     python benchmarks/recovery.py                  # the README's table: 20 minutes per cell
@@ -26,7 +26,7 @@ from typing import Any
 from removal import settings_of
 
 TEXTS = ("embedded", "embedded-lambada")
-# A few hundred small steps fit into the minutes, so rates are above the defaults, which are meant for hours.
+# Only a few hundred small steps fit into the time, so learning rates are above the defaults, which are meant for hours.
 RATES = {"lora": 1e-3, "dense": 1e-4, "distill": 1e-4}
 REMOVALS = {
     "influence": "blocks by influence (ShortGPT)",
@@ -95,7 +95,7 @@ def pruned_folder(arguments: argparse.Namespace, pattern: str) -> Path:
 
 
 def pruning_cell(arguments: argparse.Namespace, pattern: str) -> dict[str, Any]:
-    """Everything that decides a pruned model."""
+    """All settings that a pruned model depends on."""
     return {
         "model": arguments.model,
         "pattern": pattern,
@@ -108,7 +108,7 @@ def pruning_cell(arguments: argparse.Namespace, pattern: str) -> dict[str, Any]:
 
 
 def finetuning_cell(arguments: argparse.Namespace, pattern: str, mode: str) -> dict[str, Any]:
-    """Everything that decides a fine-tuned one: the settings of `coprune finetune`."""
+    """All settings that a fine-tuned one depends on: those of `coprune finetune`."""
     rates = RATES | {name: float(rate) for name, _, rate in (r.partition("=") for r in arguments.rates.split(",") if r)}
     pruned = pruned_folder(arguments, pattern)
     name = f"{mode}-{arguments.minutes:g}min-{rates[mode]:g}-{arguments.accumulate}"
@@ -212,7 +212,7 @@ def recovered(result: dict[str, Any], found: dict[str, dict[str, float]]) -> flo
 def cost_table(pruned: Path, sizes: list[int], steps: int) -> str:
     """Seconds of one forward and backward of plain LoRA, masked LoRA and dense training, as ratios to plain LoRA.
 
-    The kinds take turns, so that what else the machine does hits all alike; medians.
+    Medians; the kinds take turns, so that other work on the machine disturbs all alike.
     """
     lines = ["| tokens | plain LoRA | masked LoRA | dense |", "| ---: | ---: | ---: | ---: |"]
     kinds = {name: step_of(pruned / "model", name) for name in ("plain", "masked", "dense")}
@@ -231,7 +231,7 @@ def cost_table(pruned: Path, sizes: list[int], steps: int) -> str:
 
 
 def step_of(folder: Path, kind: str) -> Callable[[int], None]:
-    """One forward and backward on so many random tokens."""
+    """One forward and backward pass on random tokens."""
     import torch
 
     from coprune.model.checkpoint.load import load_model

@@ -1,10 +1,10 @@
-"""A quarter of the blocks' parameters removed in every way, without training: perplexity beside what is published.
+"""A quarter of the blocks' parameters removed in every way, without training: perplexity beside that of published methods.
 
     python benchmarks/removal.py [--model smollm2-135m] [--samples 32] [--seqlen 512] [--tokens 20480] [--seeds 0]
     python benchmarks/removal.py --model gemma-3-270m.gguf --channels 0.36 --blocks 0.2778 --only "by "
 
-Prints a line as soon as it is measured. The loss is the perplexity above the dense model's; the last column is its share
-of the best published way's loss on the first text.
+Prints each line as soon as it is measured. The loss is perplexity minus the dense model's; the last column divides it by the
+loss of the best published way on the first text.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Every kind of smaller model: perplexity beside bytes on the disk and tokens per second (drawn by benchmarks/pictures.py).
+"""Every kind of smaller model: perplexity, bytes on disk and tokens per second (drawn by benchmarks/pictures.py).
 
     python benchmarks/sizes.py                                  # an hour on one core, then minutes on all for the speed
     python benchmarks/sizes.py --samples 4 --seqlen 128 --tokens 2048    # minutes
 
-Makes the models in its folder (channels or blocks removed, and GGUF files of them), measures all on
-the same text, and their speed in turns in one run, each in its own runtime. What is there already is not made again.
+Makes the models (channels or blocks removed, and GGUF files of them), measures all on the same text, and times them in
+turns in one run, each in its own runtime. Existing models are reused.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make(asked: argparse.Namespace) -> dict[str, Path | str]:
     """All models by their names in the table."""
     models: dict[str, Path | str] = {"dense": asked.folder / "dense"}
     if not (asked.folder / "dense").exists():
-        # A pattern that keeps all: the model in the dtype of the others, as a folder.
+        # A pattern that keeps every weight writes the model as a folder in the dtype of the others.
         _prune(asked, "dense", {"method": "magnitude", "sparsity": 0.0})
     for name, settings in PRUNED.items():
         folder = asked.folder / name
@@ -100,7 +100,7 @@ def quality(model: Path | str, asked: argparse.Namespace) -> dict[str, float]:
 
 
 def _loadable(model: Path) -> Path:
-    """The same for transformers, which knows no architecture of uneven widths: padded with zeros, so of equal logits."""
+    """A model that transformers can load: uneven widths, which it has no class for, are padded with zeros (equal logits)."""
     if not model.name.startswith("uneven"):
         return model
     name, _, kind = model.stem.rpartition("-")
@@ -111,7 +111,7 @@ def _loadable(model: Path) -> Path:
 
 
 def speed(models: list[str], asked: argparse.Namespace) -> dict[str, float]:
-    """Decoding of one sequence, tokens per second by the name of a folder or file."""
+    """Tokens per second of decoding one sequence, by the name of a folder or file."""
     known = asked.folder / "bench.json"
     if not known.exists():
         torch.set_num_threads(asked.threads)

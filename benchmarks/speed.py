@@ -1,10 +1,9 @@
 """Time, CPU time and peak memory of pruning, side by side: coprune, the published procedure, llm-compressor, the floor.
 
 The floor of pruning with calibration is one forward pass of the calibration tokens through the blocks. All runs get the
-same model, tokens, dtype and number of threads; each is a process of its own; the runs of a repeat follow each other, in
-another order each time, and ratios are taken within a repeat, since other work on the machine disturbs all alike. What
-every run leaves is measured on the same text, to see that it is the same work. Runs that a killed benchmark finished are
-taken over from its folder.
+same model, tokens, dtype and number of threads, and each is a process of its own. The runs of a repeat follow each other, in
+another order each time, and ratios are taken within a repeat, since other work on the machine disturbs all alike. Every
+result is evaluated on the same text, to check that the work was the same. Finished runs of a killed benchmark are reused.
 
     python benchmarks/speed.py --nsamples 8 --seqlen 128 --methods wanda    # minutes
     python benchmarks/speed.py                                              # 128 × 512, Wanda and SparseGPT: hours
@@ -117,7 +116,7 @@ def make_environment(folder: Path) -> str:
 
 
 def remembered(settings: Found, run: str, method: str, repeat: int, arguments: argparse.Namespace) -> Found:
-    """Do a run, or take over what an earlier benchmark in the same folder found with the same settings."""
+    """Do a run, or reuse the result of an earlier one in the same folder with the same settings."""
     # A forward pass is the same for all methods, but is measured beside each.
     size = f"{arguments.blocks or 'all'} {arguments.nsamples}x{arguments.seqlen}-{arguments.seed}"
     name = f"{run} {method} {arguments.pattern} {arguments.dtype} {size} {arguments.threads} {repeat}"
@@ -135,7 +134,7 @@ def remembered(settings: Found, run: str, method: str, repeat: int, arguments: a
 
 
 def inside(settings: Found, python: str, threads: int) -> Found:
-    """Run in a process of its own, with so many threads; returns what it found."""
+    """Do a run in a process of its own with a given number of threads; returns its result."""
     count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     command = [python, str(HERE / "speed_runs.py"), json.dumps(settings | {"started": time.time()})]
     done = subprocess.run(command, env=os.environ | count, capture_output=True, text=True)
@@ -175,7 +174,7 @@ def table(method: str, found: dict[str, list[Found]]) -> str:
 
 
 def ratio(results: list[Found], others: list[Found] | None) -> str:
-    """Median of the ratios of time, repeat by repeat, and how far they spread."""
+    """Median of the repeats' ratios of time, and their range."""
     if others is None:
         return "–"
     ratios = [result["seconds"] / other["seconds"] for result, other in zip(results, others, strict=True)]

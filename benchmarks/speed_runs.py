@@ -3,7 +3,7 @@
     python benchmarks/speed_runs.py '{"run": "plain", ...}'
 
 Time, CPU time and peak memory are of pruning alone, from a loaded model and its tokens to the pruned model in memory;
-`process` is the time since the process was asked for, with imports and loading. Nothing is imported before a run needs it:
+`process` is the time since the process was started, with imports and loading. A run imports only what it needs:
 llm-compressor's process has no coprune, and coprune's no llm-compressor.
 """
 
@@ -40,7 +40,7 @@ def load(settings: dict[str, Any]) -> tuple[Any, Any]:
 
 
 class Clock:
-    """Time and CPU time from one moment on, and the largest resident set until another."""
+    """Time, CPU time and the largest resident set between two moments."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -88,7 +88,7 @@ def floor(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def product_rate(size: int = 1024) -> float:
-    """What a product of two float32 matrices reaches here, in 10⁹ operations per second of CPU time."""
+    """The speed of a product of two float32 matrices, in 10⁹ operations per second of CPU time."""
     import torch
 
     a, b = torch.randn(size, size), torch.randn(size, size)
@@ -143,7 +143,7 @@ def coprune(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def command(settings: dict[str, Any]) -> dict[str, Any]:
-    """The whole command as a user types it, from its start to its end, with a streamed folder that it reads and writes."""
+    """Time the whole command as a user types it, which streams from one folder to another."""
     out = Path(settings["out"])
     shutil.rmtree(out, ignore_errors=True)
     named = {key: str(settings[key]) for key in ("method", "pattern", "dataset", "nsamples", "seqlen", "seed")}
@@ -203,7 +203,7 @@ def llm_compressor(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity, and the share of zeros among the blocks' matrices, of what a run left."""
+    """Perplexity of a run's result, and the share of zeros in the blocks' matrices."""
     from transformers import AutoTokenizer
 
     from coprune.data.windows import evaluation_tokens

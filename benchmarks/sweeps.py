@@ -1,7 +1,7 @@
-"""What a sweep saves: the same runs once as a sweep of one worker, and once as the separate commands that it stands for.
+"""What a sweep saves: the same runs once as a sweep with one worker, and once as separate commands.
 
-Both have the same number of threads; the sweep goes first in one round and last in the next. Whether their perplexities
-are equal to the last bit is printed. Processor time tells more than time where the machine does other work as well.
+Both have the same number of threads; the sweep goes first in one round and last in the next. Prints
+whether their perplexities are equal to the last bit. On a busy machine, compare CPU time rather than wall time.
 
     python benchmarks/sweeps.py                     # 2 methods × 3 patterns on SmolLM2; minutes
     python benchmarks/sweeps.py --methods wanda,sparsegpt,magnitude --seeds 2 --rounds 2
@@ -62,7 +62,7 @@ def compare(arguments: argparse.Namespace, folder: Path, number: int) -> None:
 
 
 def timed(commands: list[str], threads: int) -> tuple[float, float]:
-    """Run commands of coprune one after another: wall time, and processor time of all their processes, in seconds."""
+    """Run commands of coprune one after another; returns wall time and the CPU time of all their processes, in seconds."""
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     for command in commands:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

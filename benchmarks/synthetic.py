@@ -19,7 +19,7 @@ VOCABULARY = 4096
 def write_llama(
     folder: Path, blocks: int, width: int, dtype: torch.dtype = torch.bfloat16, vocabulary: int = VOCABULARY
 ) -> int:
-    """Write a LLaMA of random weights with equal blocks, unless it is there; returns its bytes. One block is in memory."""
+    """Write a LLaMA of random weights with equal blocks, unless it exists; returns its bytes. Holds one block in memory."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -61,7 +61,7 @@ def _block(config: LlamaConfig, number: int, dtype: torch.dtype) -> dict[str, to
         "mlp.down_proj": (width, inner),
     }
     tensors = {
-        # Small enough that a hundred blocks on top of each other stay finite.
+        # Small enough that activations stay finite through a hundred blocks.
         f"model.layers.{number}.{name}.weight": (torch.randn(shape, generator=generator) * shape[1] ** -0.5).to(dtype)
         for name, shape in shapes.items()
     }

@@ -3,12 +3,12 @@
     python benchmarks/tables.py           # write them into the pages
     python benchmarks/tables.py --check   # exit with 1 where a page holds something else
 
-A page asks for a table by a comment, and holds it between that comment and the next one:
+A page has a table between two comments, of which the first says what it holds:
 
     <!-- table: presets-smollm2 | pattern, method, Wikipedia | pattern=2:4 & method=sparsegpt, balanced -->
     <!-- end -->
 
-that is: the file, its columns (all without), and which rows (all without).
+that is: the file, its columns (default: all), and its rows (default: all).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pages() -> list[Path]:
 
 
 def with_tables(text: str) -> str:
-    """Return a page's text with its tables made anew."""
+    """Return a page's text with its tables rewritten."""
     return _TABLE.sub(lambda found: f"{found['asked']}\n{table(found['spec'])}\n\n{found['end']}", text)
 
 

@@ -1,9 +1,10 @@
-"""What a user waits for: whole commands as they are typed, from the shell's start to its end, nothing switched off.
+"""How long a user waits: whole commands as they are typed, with every default on.
 
-Each is beside the fastest plain forward pass of its calibration tokens, as `speed.py` times it: in batches of the best size
-from 1 to 16, in a process of its own, on the same threads, without imports and loading. Commands and the pass take turns; the
-table has medians.
-`first` is a run on a model that was never measured here; `again` is another run on it, which finds the dense model's figures.
+Each is compared with the fastest plain forward pass of its calibration tokens, as `speed.py` times it: in batches of the best
+size from 1 to 16, in a process of its own, on the same threads, without imports and loading. Commands and the pass take
+turns; the table has medians.
+`first` is a run on a model that was never measured here; `again` is another run on it, which finds the dense model's figures
+in the cache.
 
     python benchmarks/typed.py                        # 64 × 256 tokens, three times: half an hour of two cores
     python benchmarks/typed.py --nsamples 128 --seqlen 512 --only wanda,sparsegpt
@@ -26,7 +27,7 @@ from speed import FLOOR, Found, inside, prepare
 
 
 class Timed(NamedTuple):
-    """What a command took."""
+    """The time of a command."""
 
     seconds: float
     cpu: float

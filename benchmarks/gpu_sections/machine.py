@@ -1,4 +1,4 @@
-"""What the GPU and its host reach: copies, launches, waits, products. The options of `gpu_estimate.py` are printed at the end."""
+"""Measured speeds of the GPU and its host: copies, launches, waits, products. Ends with the options for `gpu_estimate.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPEATS = 5
 
 
 def measure(asked: Asked) -> Result:
-    """Print what is there and what it reaches."""
+    """Print the hardware and its measured speeds."""
     device = torch.device(asked.device)
     size = 64 if asked.tiny else 8192
     there = device_memory(torch.empty(1, device=device).device)
@@ -79,7 +79,7 @@ def adding(device: torch.device, size: int) -> float:
 
 
 def copying(device: torch.device, size: int) -> dict[str, float]:
-    """GB a second, the slower of both directions."""
+    """GB per second, in the slower of both directions."""
     there = torch.zeros(size, size, device=device)
     pinned = torch.zeros(size, size, pin_memory=device.type == "cuda")
     found = {}

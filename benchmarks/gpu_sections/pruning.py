@@ -1,4 +1,4 @@
-"""How long pruning takes, and how much memory, beside what was estimated."""
+"""Pruning's time and memory, beside the estimates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LLAMA3_BLOCKS = 32
 
 
 def memory_of(found: coprune.Estimate, report: coprune.Report) -> tuple[str, ...]:
-    """What was estimated and then measured, on the device and of the process."""
+    """Estimated and measured memory, of the device and of the process."""
     there = None if found.device is None else found.device.peak_bytes
     return (
         mib(there),
@@ -34,7 +34,7 @@ def memory_of(found: coprune.Estimate, report: coprune.Report) -> tuple[str, ...
 
 
 def tried(model: Any, **settings: Any) -> tuple[coprune.Estimate, coprune.Report]:
-    """Estimate a run, and do it."""
+    """Estimate a run, then run it."""
     settings = {"quiet": True, "check_memory": False, "prompt": "", **settings}
     found = coprune.estimate(model, **{name: value for name, value in settings.items() if name != "save_model"})
     report = coprune.prune(model, **settings).report
@@ -44,7 +44,7 @@ def tried(model: Any, **settings: Any) -> tuple[coprune.Estimate, coprune.Report
 
 
 def smollm2(asked: Asked) -> Result:
-    """A small model in memory: mostly what launches cost."""
+    """A small model in memory, whose time is mostly launches."""
     found = real(asked)
     if found is None:
         return None, SMOLLM2.missing
@@ -82,7 +82,7 @@ def wide(asked: Asked) -> Result:
 
 
 def traffic(asked: Asked) -> Result:
-    """The same work with activations and blocks in other places."""
+    """The same run with activations and blocks kept in other places."""
     folder, words = wide_model(asked)
     samples, seqlen = (8, 32) if asked.tiny else (32, 2048)
     places: dict[str, dict[str, Any]] = {

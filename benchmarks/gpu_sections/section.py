@@ -1,4 +1,4 @@
-"""What a section is, and what all of them share."""
+"""What a section is, and helpers that all sections share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = tuple[bool | None, str]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a section is asked to do."""
+    """The options of a section."""
 
     device: str
     seconds: float
@@ -30,7 +30,7 @@ class Asked:
 
 
 class Section(NamedTuple):
-    """A part of the benchmark. Its function is imported in its own process alone."""
+    """A part of the benchmark; its function is imported only in the section's own process."""
 
     title: str
     place: str
@@ -47,7 +47,7 @@ class Section(NamedTuple):
 
 
 def head(*columns: str) -> None:
-    """Print the head of a table; names that begin with a blank belong to words, others to numbers."""
+    """Print a table's head; columns whose names begin with a blank are text, all others numbers."""
     print(f"| {' | '.join(column.strip() for column in columns)} |")
     print(
         f"| {' | '.join('---' if column.startswith(' ') or not column else '---:' for column in columns)} |", flush=True

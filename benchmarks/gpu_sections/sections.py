@@ -1,4 +1,4 @@
-"""All sections, in their order: what proves comes first, so that it is there if time runs out."""
+"""All sections in order: those that test correctness come first, in case time runs out."""
 
 from __future__ import annotations
 

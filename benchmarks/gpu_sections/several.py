@@ -1,4 +1,4 @@
-"""Two GPUs do one run together: the result has to be that of one."""
+"""One run on two GPUs, whose result must equal that of one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_sections.section import SIMULATED, Asked, Result, head, row
 
 
 def together(asked: Asked) -> Result:
-    """Prune a real model by one process and by two."""
+    """Prune a real model with one process and with two."""
     from support.simdevice.cases.case import ROUNDED
 
     if asked.device == SIMULATED or (asked.device != "cpu" and torch.accelerator.device_count() < 2):

@@ -1,4 +1,4 @@
-"""Fine-tuning what was pruned."""
+"""Fine-tuning of a pruned model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_sections.section import SIMULATED, Asked, Result, head, mib, row
 
 
 def adapters(asked: Asked) -> Result:
-    """Some steps of masked adapters and of distillation; that the zeros stay is verified at every save."""
+    """Some steps of masked adapters and of distillation; every save verifies that the zeros are kept."""
     found = real(asked)
     if found is None:
         return None, SMOLLM2.missing

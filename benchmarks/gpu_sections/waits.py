@@ -1,4 +1,4 @@
-"""How often the host waits for the device in every stage, beside what the tests' table allows."""
+"""How often the host waits for the device in every stage, beside the number that the tests allow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LINES = 12
 
 
 def count(asked: Asked) -> Result:
-    """Print the stages that wait most, and those that wait more than the table says."""
+    """Print the stages that wait most, and those above the allowed number."""
     from support.simdevice import counting, run_cases, stages
 
     if asked.device != SIMULATED and torch.device(asked.device).type != "cuda":
