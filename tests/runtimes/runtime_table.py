@@ -33,7 +33,7 @@ python tests/runtimes/serve_models.py
 
 starts the server of each runtime on the whole and on the smaller model and asks both over HTTP, as OpenAI's client does. ✓ means
 that sixteen greedy tokens give the text that transformers writes, to a chat's question where the model has a chat template.
-Other work ran on the machine, so tokens are counted for each second of the processor that the server and its processes took: a
+Tokens are counted per CPU second of the server and its processes, since other work may run on the machine: a
 prompt of about 140 tokens, 32 written, the median of five answers in turns ({where}).
 """
 _CLOSING = """

@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,7 +76,7 @@ SERVERS = (
         # This package's program vllm looks for a package named vllm and exits; `vllm serve` runs the same module.
         lambda python, model, port: [
             python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port), "--dtype", "float32",
-            "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager", "--no-enable-prefix-caching",
+            "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager", "--no-enable-prefix-caching",
         ],
         (REAL, MIXTURE),
     ),
@@ -211,7 +211,8 @@ def _running(server: Server, python: Path, model: Path) -> Iterator[Running]:
     try:
         yield Running(started, port, model, log)
     finally:
-        os.killpg(started.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(started.pid, signal.SIGTERM)
         started.wait()
 
 
