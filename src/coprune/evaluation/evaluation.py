@@ -17,6 +17,7 @@ from coprune.evaluation.measurement import Accuracy, Closeness, Embedded, Perple
 from coprune.evaluation.required import Figure, figures_of_closeness
 from coprune.evaluation.transcripts import TranscriptChange
 from coprune.evaluation.zero_shot import MAIN_METRIC, ZeroShot, shown
+from coprune.model.matrices import embeddings_and_head
 
 
 class _Facts(BaseModel):
@@ -128,7 +129,4 @@ def weight_facts(model: PreTrainedModel, bytes_on_disk: int) -> WeightFacts:
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    found = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [module for module in found if module is not None] + [
-        m for m in model.modules() if isinstance(m, nn.Embedding)
-    ]
+    return embeddings_and_head(model) + [m for m in model.modules() if isinstance(m, nn.Embedding)]

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
 
 from coprune.base.devices import in_host_memory
 from coprune.model.transformers_private import Conv1D, experts_of, input_first
@@ -218,3 +220,12 @@ def _are_transposed(module: nn.Module, stacks: Sequence[Tensor]) -> bool:
         return bool(said)
     (_, a, b), (_, c, d) = stacks[0].shape, stacks[1].shape
     return a == d and b != c
+
+
+def embeddings_and_head(model: PreTrainedModel) -> list[nn.Module]:
+    """Return a model's input embeddings and its head, as far as it has them."""
+    found = list[nn.Module | None]()
+    for module_of in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # raised by models without tokens
+            found.append(module_of())
+    return [module for module in found if module is not None]

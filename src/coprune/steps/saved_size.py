@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from coprune.model.checkpoint.shards import DTYPES, shard_files, stored_entries
 from coprune.model.folding import bias_of
 from coprune.model.leftovers import lists_of
 from coprune.model.loaded_model import Loaded
-from coprune.model.matrices import Matrix, find_matrices
+from coprune.model.matrices import Matrix, embeddings_and_head, find_matrices
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import Left, Removable, RemovePart
 from coprune.recipe.vocabulary_cut import Loss, Target
@@ -138,10 +137,7 @@ def _item_of_tables(location: Location) -> float:
 
 
 def _tables(model: PreTrainedModel) -> list[Tensor]:
-    found = []
-    for table_of in (model.get_input_embeddings, model.get_output_embeddings):
-        with suppress(NotImplementedError):  # raised by models without tokens
-            found.append(getattr(table_of(), "weight", None))
+    found = [getattr(module, "weight", None) for module in embeddings_and_head(model)]
     return [one for one in found if isinstance(one, Tensor)]
 
 
