@@ -8,6 +8,7 @@ import torch
 
 import coprune
 from coprune.base.devices import device_memory, reset_peak
+from coprune.recipe.train_part import Mode
 from gpu_sections.models import SMOLLM2, real
 from gpu_sections.section import SIMULATED, Asked, Result, head, mib, row
 
@@ -36,12 +37,24 @@ def adapters(asked: Asked) -> Result:
     steps, seqlen, batch = (2, 16, 2) if asked.tiny else (20, 512, 8)
     print(f"{steps} steps of {batch} × {seqlen} tokens, bfloat16.\n")
     head(" ", "s a step", "loss: first", "last", "MiB at most there")
-    for mode, more in {"lora": {}, "distill": {"teacher": found.model}}.items():
+    teachers: dict[Mode, str | None] = {"lora": None, "distill": found.model}
+    for mode, teacher in teachers.items():
         place = torch.empty(1, device=asked.device).device
         reset_peak(place)
-        given: dict[str, Any] = {"dataset": found.data["dataset"], "seqlen": seqlen, "batch_size": batch, "bf16": True}
-        given |= {"max_steps": steps, "evaluate": False, "save": asked.folder / mode, "device": asked.device}
-        report = coprune.finetune(str(pruned), mode, quiet=True, **given, **more)  # type: ignore[arg-type]
+        report = coprune.finetune(
+            pruned,
+            mode,
+            quiet=True,
+            teacher=teacher,
+            dataset=found.data["dataset"],
+            seqlen=seqlen,
+            batch_size=batch,
+            dtype="bfloat16",
+            max_steps=steps,
+            evaluate=False,
+            save=asked.folder / mode,
+            device=asked.device,
+        )
         there = device_memory(place)
         losses = [point.loss for point in report.curve]
         cells = f"{report.seconds / report.steps:.3f}", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"

@@ -93,12 +93,13 @@ def on_the_simulated_device(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_the_simulated_device() -> None:
-    done = on_the_simulated_device("--sections", "kernels,cases,full", "--cases", "many rows,checksums")
+    done = on_the_simulated_device("--sections", "kernels,cases,full,tuning", "--cases", "many rows,checksums")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "# coprune on sim (simulated)" in done.stdout
     assert "| walk_columns | torch | 15 cases, as published in float64 |" in done.stdout
     assert "2 of 2 cases gave what the CPU gives" in done.stdout
     assert "Simulated device out of memory" in done.stdout
+    assert "the zeros stayed" in done.stdout
     assert "**Verdict: right as on the CPU, by 3 sections.**" in done.stdout
 
 
