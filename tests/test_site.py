@@ -60,7 +60,7 @@ def test_the_page_of_recipes_has_every_setting() -> None:
     [
         (
             "prune",
-            "`-m, --method <str>`\n:   How weights are chosen and updated; see: coprune methods. "
+            "`-m, --method <str>`\n:   Pruning method; coprune methods lists them. "
             "Default: sparsegpt by preset balanced, else wanda.",
         ),
         ("prune", "`--seed <int>`\n:   Random seed. Default: 0."),

@@ -50,7 +50,10 @@ def estimate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and lines.")] = False,
     **typed: Any,
 ) -> None:
-    """Give an upper bound on the memory that `coprune prune` would need here with the same options, without running it."""
+    """Give an upper bound on the memory that `coprune prune` would need here with the same options, without running it.
+
+    Example: coprune estimate smollm2-135m --dataset embedded -p 2:4 --seqlen 512
+    """
     file = None if json_file in (None, PRINTED) else expand_home(str(json_file))
     require_file(file, "json")
     reporter = Reporter(quiet)

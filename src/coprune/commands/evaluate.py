@@ -32,6 +32,8 @@ def evaluate(
     """Measure a model's perplexity on one or more texts, as the papers do (non-overlapping windows), or run tasks.
 
     For an image classifier: top-1 and top-5 accuracy on one or more image sets.
+
+    Example: coprune eval smollm2-135m --data embedded --seqlen 512
     """
     from coprune.base.files import require_file, write_text
 

@@ -12,7 +12,8 @@ from coprune.recipe.flags import ALIASES
 
 WIDEST = 160
 """Columns; longer lines are hard to read."""
-_UNGROUPED = "Options"
+UNGROUPED = "Options"
+"""Title of the options without a group."""
 
 
 def with_value(arguments: Sequence[str], flag: str, value: str, is_value: Callable[[str], bool]) -> list[str]:
@@ -44,7 +45,7 @@ class GroupedCommand(TyperCommand):
 
         shown: whether to include an option, by its parameter's name.
         """
-        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], _UNGROUPED: []}
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], UNGROUPED: []}
         for param in self.get_params(ctx):
             if not shown(param.name):
                 continue
@@ -52,7 +53,7 @@ class GroupedCommand(TyperCommand):
                 record = param.get_help_record(ctx)
             if record is not None:
                 argument = param.param_type_name == "argument"
-                title = "Arguments" if argument else getattr(param, "rich_help_panel", None) or _UNGROUPED
+                title = "Arguments" if argument else getattr(param, "rich_help_panel", None) or UNGROUPED
                 groups.setdefault(title, []).append(record)
         return {title: rows for title, rows in groups.items() if rows}
 

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 
 from coprune.base.errors import BadInput, unknown_name
 from coprune.commands.command_table import option_of_another
-from coprune.commands.grouped import GroupedCommand
+from coprune.commands.grouped import UNGROUPED, GroupedCommand
 from coprune.recipe.choice import Choice, read_scalar
 from coprune.recipe.flags import flags_of
 from coprune.recipe.flat import TRAIN
@@ -39,12 +39,21 @@ _NOT_OPTIONS = ("model", "options")
 _METHODS = "coprune.pruning.methods"
 _HELP_ALL = "help_all"
 _FEW = 6
+_EACH = "<str>"
+"""How help shows a value of an option that may be repeated."""
 _NAMED_TWICE = ("model_option", "use_variant")
 """Options that repeat another under a second name."""
 _COMMON_IN_TRAINING = ("finetune_tokens", "finetune_lr", "finetune_teacher", "finetune_only")
 """Settings that the short help of a training shows in addition to those of a pruning run."""
 _TITLES_OF_TRAINING = {"Calibration": "The data", "What is pruned, and how": "Fine-tuning"}
+_TITLES_OF_MEASURING = {"Calibration": "Measuring"}
 """Titles of option groups in commands that prune nothing."""
+_SHORT_TITLES = {
+    "The model": UNGROUPED,
+    "What is removed as a whole (--remove)": "What is pruned, and how",
+    "What the models write": "Measuring",
+}
+"""Groups whose few common options join another group in the short help."""
 
 
 class ShortCommand(GroupedCommand):
@@ -55,7 +64,11 @@ class ShortCommand(GroupedCommand):
         if ctx.meta.get(_HELP_ALL):
             super().format_options(ctx, formatter)
             return
+        groups: dict[str, list[tuple[str, str]]] = {}
         for title, rows in self.groups(ctx, self.is_shown_short).items():
+            groups.setdefault(_SHORT_TITLES.get(title, title), []).extend(rows)
+        for title, rows in groups.items():
+            rows.sort(key=lambda row: "--help" in row[0])  # these come last
             with formatter.section(title):
                 formatter.write_dl([(names, _in_few_words(told)) for names, told in rows])
 
@@ -133,7 +146,7 @@ def inspecting_options() -> list[inspect.Parameter]:
 def measuring_options() -> list[inspect.Parameter]:
     """Return one command-line option per setting of a measurement, with the recipe's flags as well."""
     return [
-        _option(name, setting, list(dict.fromkeys([*flags_of(name), *flags_of(setting.word)])))
+        _option(name, setting, list(dict.fromkeys([*flags_of(name), *flags_of(setting.word)])), _TITLES_OF_MEASURING)
         for name, setting in MEASURING.items()
     ]
 
@@ -163,11 +176,14 @@ def _option(
         most = [detail.removeprefix(leaf.part.prefix) for detail in dict.fromkeys(details.values())][:_FEW]
         command = "finetune" if leaf.path[0] == "train" else "eval"
         more = f" … (coprune {command} --help-all)" if len(details) > _FEW else ""
-        told = f"{told} Options behind a colon: {', '.join(most)}{more}."
+        said, own_default = _apart(told)
+        told = f"{said} Options behind a colon: {', '.join(most)}{more}."
+        told += "" if own_default is None else f" [{own_default}]"
     # None means "not typed", so that a recipe file's value is only replaced by what was typed.
     option = typer.Option(
         *flags or flags_of(name),
         help=_with_default(told, default, usual),
+        metavar=_EACH if several else None,
         show_default=False,
         rich_help_panel=titles.get(leaf.part.title, leaf.part.title),
         hidden=not flags and setting.word in DETAILS and not is_common(field),
@@ -184,7 +200,7 @@ def settings_options(settings: type[BaseModel]) -> list[inspect.Parameter]:
         several, default = typing.get_origin(field.annotation) is tuple, field.default
         kind: Any = list[str] if several else str if _is_read_otherwise(field) else field.annotation
         told = _with_default(str(field.description), default, None)
-        option = typer.Option(*flags_of(name), help=told, show_default=False)
+        option = typer.Option(*flags_of(name), help=told, metavar=_EACH if several else None, show_default=False)
         keyword = inspect.Parameter.KEYWORD_ONLY
         found.append(inspect.Parameter(name, keyword, default=None, annotation=Annotated[kind | None, option]))
     return found

@@ -38,9 +38,9 @@ def prune(
 ) -> None:
     """Prune a model, measure its perplexity before and after, and save what you ask for.
 
-    Example: coprune prune smollm2-135m --dataset embedded -p 2:4 --seqlen 512 --nsamples 32 --save-model out/pruned
+    Example: coprune prune smollm2-135m --dataset embedded -p 2:4 --seqlen 512 --save-model small
 
-    Options of a method (listed by coprune methods) are given like any other: --method sparsegpt --block-size 64
+    Options of a method (coprune methods lists them) are typed alike: -m sparsegpt --block-size 64
     """
     times, reporter = Times(context.obj), Reporter(quiet or rank() != 0)
     recipe = recipe_asked(context, typed, reporter)

@@ -39,7 +39,7 @@ _OWN: dict[str, Any] = {
         str | None,
         typer.Option(
             "--preset",
-            help=f"How long you are willing to wait: fast, balanced or best. [{BARE}, if nothing says how to prune]",
+            help=f"Effort: fast, balanced or best. [{BARE}, if nothing says how to prune]",
             rich_help_panel="What is pruned, and how",
         ),
     ],

@@ -13,6 +13,7 @@ from coprune.base.words import Command, Set, Words
 from coprune.commands.grouped import with_value
 from coprune.commands.options import ShortCommand, help_all_option, recipe_options, settings_options, with_options
 from coprune.commands.terminal import show
+from coprune.recipe.tree import FIELDS
 from coprune.sweeps.execution_settings import ExecutionSettings
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class SweepCommand(ShortCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Add the default to a `--ray` without an address."""
         return super().parse_args(ctx, with_value(args, "--ray", _LOCAL, _is_address))
+
+    def is_shown_short(self, name: str) -> bool:
+        """Return whether the short help shows a parameter: the sweep's own, not those of its runs."""
+        return name not in FIELDS or name in ("model", "device")
 
 
 def _is_address(word: str) -> bool:
@@ -53,13 +58,10 @@ def sweep(
 ) -> None:
     """Run every combination of a file's lists, several at a time, and collect the results in one table.
 
-    Example file, 3 methods × 2 patterns × 2 seeds; any option of prune may have a list:
+    Example file, 2 methods × 2 seeds (any option of prune may have a list; more in docs/sweeps.md):
+    {model: smollm2-135m, dataset: embedded, seqlen: 512, method: [wanda, sparsegpt], seed: [0, 1], save: out/table}
 
-        {model: smollm2-135m, dataset: embedded, seqlen: 512, nsamples: 32,
-         method: [wanda, sparsegpt, magnitude], pattern: [unstructured, "2:4"], seed: [0, 1], save: out/table}
-
-    Run the same command again to resume: finished runs are not repeated. Options of prune given here override the file
-    for all runs; docs/sweeps.md says what else a file may have, and what the sweep's folder holds.
+    Options of prune (--help-all lists them) override the file for all runs. Run the same command again to resume.
     """
     typed = {name: value for name, value in settings.items() if value is not None}
     typed |= {"model": model} if model else {}

@@ -32,9 +32,9 @@ class AnswersPart(Part):
         _MEASUREMENT,
         Shown.COMMON,
         Field(
-            description="Answer prompts with both models, greedily and sampled, and measure loops, lengths and closeness to the "
-            "dense model: builtin (several fields and languages), or a .jsonl file with the column prompt (file:column for "
-            "another).",
+            description="Answer prompts and compare with the dense model: builtin or a .jsonl file. builtin has several fields "
+            "and languages; a file has the column prompt (file:column for another). Both models answer greedily and sampled; "
+            "loops, lengths and closeness are measured.",
         ),
     ] = None
     count: Annotated[
@@ -61,9 +61,10 @@ class AnswersPart(Part):
         Decides.MEASUREMENT,
         Shown.COMMON,
         Field(
-            description="Exit with 3, after saving everything, unless these comma-separated conditions hold: answers such as "
-            "'loops<=dense+1,kl<0.5', or measurements such as 'perplexity<=dense*1.05' (accuracy, word_error; cosine, overlap, "
-            "alike with the dense model). Empty answers may be no more than the dense model's, unless stated: empty<=dense+1."
+            description="Exit with 3 unless these hold: 'perplexity<=dense*1.05,loops<=dense+1'. Everything is saved first. "
+            "Comma-separated conditions on measurements (perplexity, accuracy, word_error; cosine, overlap, alike with the dense "
+            "model) or on answers ('loops<=dense+1,kl<0.5'). Empty answers may be no more than the dense model's, unless stated: "
+            "empty<=dense+1."
         ),
     ] = None
 

@@ -45,8 +45,8 @@ class TasksPart(Part):
         _MEASUREMENT,
         Shown.COMMON,
         Field(
-            description="Tasks of lm-eval to run, comma-separated; implies --eval-zero-shot. [boolq,rte,hellaswag,"
-            "winogrande,arc_easy,arc_challenge,openbookqa]"
+            description="Tasks of lm-eval to run, comma-separated; implies --eval-zero-shot, which alone runs boolq, rte, "
+            "hellaswag, winogrande, arc_easy, arc_challenge and openbookqa."
         ),
     ] = None
     few_shot: Annotated[
@@ -111,8 +111,8 @@ class EvaluatePart(Part):
         _MEASUREMENT,
         Shown.COMMON,
         Field(
-            description="Text for perplexity, comma-separated. [test split of the calibration corpus; for your own text its "
-            "last tenth, which is held out]"
+            description="Texts for perplexity; comma-separated. The last tenth of your own file is held out for it. [the "
+            "corpus's test split, or your file's last tenth]"
         ),
     ] = None
     images: Annotated[
@@ -191,7 +191,6 @@ class OutputPart(Part):
     push_to_hub: Annotated[
         str | None,
         Decides.WHERE,
-        Shown.COMMON,
         Field(description="Upload the saved model with its card to this repository of the Hub."),
     ] = None
     private: Annotated[

@@ -65,8 +65,7 @@ class TrainPart(Part):
         _RESULT,
         Shown.COMMON,
         Field(
-            description="Time limit of the fine-tuning, including loading, measuring and saving; the learning rate "
-            "falls with it. [one pass over the text]",
+            description="Time limit, from loading to saving; the learning rate falls with it. [one pass over the text]",
             gt=0,
         ),
     ] = None

@@ -39,8 +39,9 @@ MEASURING: dict[str, Setting] = {
     "tasks": Setting("tasks", "Tasks of lm-eval, comma-separated, such as boolq,arc_easy."),
     **_alike(
         *("eval_zero_shot", "num_fewshot", "include_path", "trust_tasks", "limit", "apply_chat_template", "gen_kwargs"),
-        *("log_samples", *_ANSWERS, "seqlen", "bos"),
+        *("log_samples", *_ANSWERS, "bos"),
     ),
+    "seqlen": Setting("seqlen", "Tokens per window. [min(2048, model's limit)]"),
     "batch_size": Setting("batch_size", "Windows per forward pass. [about 4096 tokens]"),
     **_alike("eval_tokens", "eval_images", "dtype", "device", "cache_dir"),
 }
