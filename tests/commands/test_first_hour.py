@@ -102,6 +102,7 @@ def do_what_works(place: Path, typed: Type) -> None:
     assert works("coprune") == works("coprune -h")
     assert "sparsegpt" in works("coprune methods")
     assert "would prune 14 matrices" in works("coprune inspect model")
+    assert "matrix.svg" in works("coprune inspect model --plot '*.0.self_attn.q_proj' --dataset words --seqlen 32")
     said = works(f"coprune prune model {TEXT}")
     assert "out/model/0.5/wanda/report.json" in said
     assert said.splitlines()[-1].startswith("next      to keep the model, run the same again with --save-model")
@@ -110,7 +111,9 @@ def do_what_works(place: Path, typed: Type) -> None:
     assert "out/pruned (reloaded" in works(f"coprune prune model {TEXT} -s 50% --save-model out/pruned --save out/run")
     (place / "recipe.yaml").write_bytes((place / "out/run/recipe.yaml").read_bytes())
     for model in ("out/pruned", "model"):
-        assert "perplexity" in works(f"coprune eval {model} --data held --seqlen 32")
+        measured = works(f"coprune eval {model} --data held --seqlen 32")
+        assert "perplexity" in measured
+        assert measured.endswith(f"coprune compare BASELINE {model}\n")
     assert "KL held" in works("coprune compare model out/run --data held --seqlen 32")
     assert works("coprune report out/run").startswith("page      out/run/report.html\n")
     assert "at most" in works(f"coprune estimate model {TEXT}")

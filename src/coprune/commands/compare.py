@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coprune.base.environment import importing
-from coprune.base.words import Command, Set
+from coprune.base.words import Command, Set, Words
 from coprune.commands.options import MeasuringCommand, help_all_option, measuring_options, with_options
 from coprune.commands.terminal import show, show_next
 
@@ -67,5 +67,7 @@ def compare(
         show(f"required  {name}: {one.line()}")
     if page_file is not None:
         show(f"page      {page_file}")
-    show_next(("for llama.cpp and Ollama: ", Command("export", models[-1], "OUT.gguf", Set("type", "q8_0"))))
+    last = models[-1]
+    export: Words = ("for llama.cpp and Ollama: ", Command("export", last, "OUT.gguf", Set("type", "q8_0")))
+    show_next(("measure their speed here: ", Command("bench", *models)) if last.endswith(".gguf") else export)
     end_unless_held(one for _, one in required)

@@ -50,6 +50,6 @@ def evaluate(
     if json_file is not None:
         write_text(json_file, found.model_dump_json(indent=2) + "\n")
     show(str(found))
-    other: Words = ("compare it with another: ", Command("compare", named, "MODEL"))
+    other: Words = ("compare it with a baseline: ", Command("compare", "BASELINE", named))
     show_next(other if against is None else ("put it all in a table: ", Command("compare", against, named)))
     end_unless_held(found.required)

@@ -9,8 +9,9 @@ import typer
 
 from coprune.base.environment import expand_home
 from coprune.base.validation import settings_of
+from coprune.base.words import Command, Words
 from coprune.commands.options import settings_options, with_options
-from coprune.commands.terminal import show
+from coprune.commands.terminal import show, show_next
 from coprune.fitting.elsewhere import look_at_candidates
 from coprune.fitting.fit_settings import FitSettings
 from coprune.gguf_files.llama_cpp import require_llama_cpp
@@ -71,7 +72,9 @@ def fit(
     from coprune.fitting.fit_call import fit, remake
 
     if is_recipe:
-        show(f"{remake(model, output, quiet, asked.converter)}: byte for byte as the recipe says")
+        made = remake(model, output, quiet, asked.converter)
+        show(f"{made}: byte for byte as the recipe says")
+        show_next(_measure(made))
         return
     if not task:
         raise BadInput("no task is named", field="task", fix="name a file of items, as in examples/fit/choice.jsonl")
@@ -79,3 +82,9 @@ def fit(
     show(str(found))
     if not found.kept:
         raise typer.Exit(NOT_KEPT)
+    if not found.next:
+        show_next(_measure(found.file))
+
+
+def _measure(file: Path) -> Words:
+    return ("measure its speed here: ", Command("bench", file))

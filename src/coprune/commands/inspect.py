@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coprune.base.words import Command, Set
+from coprune.base.words import Command, Set, Words
 from coprune.commands.options import inspecting_options, with_options
 from coprune.commands.recipe_options import ModelArgument, ModelOption, named_model
 from coprune.commands.terminal import show, show_next
@@ -40,14 +40,13 @@ def inspect(
     from coprune.base.progress import Reporter
     from coprune.steps.inspect import inspect_recipe
 
+    said = (Set(name, value) for name, value in typed.items())
+    prune_it: Words = ("prune it: ", Command("prune", named, *said, Set("save_model", ...)))
     if plot is None:
         found = inspect_recipe(recipe, Reporter(quiet), weights)
         show("\n".join(found.lines(matrices)))
-        said = [
-            Set(name, one) for name, value in typed.items() for one in (value if isinstance(value, list) else [value])
-        ]
-        if said or not found.removable:
-            show_next(("prune it: ", Command("prune", named, *said, Set("save_model", ...))))
+        if typed or not found.removable:
+            show_next(prune_it)
         else:  # zeros alone make nothing smaller
             part = next(one for one in (*_USUAL, *found.removable) if one in found.removable)
             text = [Set("dataset", "embedded")] if named in PACKAGED else []  # whose user may have no network
@@ -58,3 +57,4 @@ def inspect(
 
     plot_matrix(recipe, plot, output, Reporter(quiet))
     show(f"plot      {output}")
+    show_next(prune_it)

@@ -12,7 +12,7 @@ from coprune.base.validation import settings_of
 from coprune.base.words import Command, Set, Words
 from coprune.commands.grouped import with_value
 from coprune.commands.options import ShortCommand, help_all_option, recipe_options, settings_options, with_options
-from coprune.commands.terminal import show
+from coprune.commands.terminal import show, show_next
 from coprune.recipe.tree import FIELDS
 from coprune.sweeps.execution_settings import ExecutionSettings
 
@@ -72,6 +72,9 @@ def sweep(
     found = sweep(file, script=script, dry_run=dry_run, quiet=quiet, **typed)
     if dry_run:
         show("\n".join(found.commands))
+        said = ({"script": script} if script else {}) | typed
+        named = [] if file is None else [file]
+        show_next(("run them: ", Command("sweep", *named, *(Set(name, value) for name, value in said.items()))))
     else:
         _show(found)
 
@@ -81,7 +84,7 @@ def _show(found: SweepResult) -> None:
 
     Raises CopruneError if a run failed.
     """
-    from coprune.commands.terminal import console, end_unless_held, show_next
+    from coprune.commands.terminal import console, end_unless_held
     from coprune.report.links import PAGE_FILE
     from coprune.sweeps.results import MARKDOWN, print_tables
 
