@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +98,17 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected
     assert {"coprune/py.typed", "coprune/base/native/portable.cpp", "coprune/report/assets/page.js"} <= found
+
+
+def test_the_long_description_is_the_readme_without_relative_pictures_and_links(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (one for one in archive.namelist() if one.endswith(".dist-info/METADATA"))
+        told = email.message_from_bytes(archive.read(name))
+    text = str(told.get_payload())
+    assert told["Description-Content-Type"] == "text/markdown"
+    assert text.startswith("# coprune\n")
+    assert "](https://" in text
+    assert re.findall(r"\]\((?!https://)[^)]*\)", text) == []
 
 
 def test_two_builds_of_a_commit_are_equal(wheel: Path, tmp_path: Path) -> None:
