@@ -1,7 +1,7 @@
-"""Prune large language models after training, measure what it did, and save a checkpoint that others can load.
+"""Prune large language models after training, measure the effect, and save a checkpoint that others can load.
 
-The public face is what `__all__` names. It is loaded on first use, so that `import coprune` and the command's
-`--help` do not wait for torch.
+`__all__` lists the public API. It is loaded on first use, so that `import coprune` and the command's `--help` do not wait
+for torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A child process with limits on memory and time, in which foreign templates are rendered."""
+"""Render untrusted templates in a child process with limits on memory and time."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from coprune.base.child import begin_child, end_child, fork
 
 Render = Callable[..., str]
 SECONDS = 10
-"""Time limit for one text."""
-_MORE_BYTES = 1 << 30  # of memory, beside what the process has already
+"""Time limit per text."""
+_MORE_BYTES = 1 << 30  # of memory, in addition to what the process already uses
 _IDLE_SECONDS = 5
 _LONGEST, _TIMES = 1_000_000, 100
-"""Maximum characters of a text, and how many more for each byte of what it is made of."""
+"""Maximum number of characters of a text, and the allowance per byte of its arguments."""
 Key = TypeVar("Key")
 
 
 class Exceeded(ValueError):
-    """The error for a text that exceeds the limits on time, memory or length."""
+    """Rendering a text exceeded the limits on time, memory or length."""
 
 
 class Child:
-    """A child of this process that makes texts, until it has been idle for a while.
+    """A child process that renders texts, and exits after being idle.
 
     Args:
-        render: makes a text; runs in the child.
-        state: of the renderer, by which a caller tells whether it is still the same.
+        render: renders a text; runs in the child.
+        state: identifies the renderer's state, so that a caller notices a change.
     """
 
     def __init__(self, render: Render, state: str) -> None:
@@ -51,7 +51,7 @@ class Child:
         weakref.finalize(self, _end, self._process, self._ask, self._told)
 
     def ask(self, question: bytes) -> list[str | None] | None:
-        """Return what `_rendered` does, or None if the child ended meanwhile. question: pickled arguments."""
+        """Return the result of `_rendered`, or None if the child has exited. question: pickled arguments."""
         with self._lock, suppress(BrokenPipeError):
             self._ask.write(len(question).to_bytes(8, "little") + question)
             self._ask.flush()
@@ -66,11 +66,11 @@ def render_limited(
     """Return `render(*arguments)`, computed in a child process with limits on memory, time and length.
 
     Args:
-        children: those started already.
-        key: which of them to use; it is started if it is not there or has ended.
-        render: makes the text.
-        arguments: whatever pickle takes.
-        state: of the renderer; a child of another state is replaced.
+        children: the running children.
+        key: of the child to use; it is started if it is missing or has exited.
+        render: renders the text.
+        arguments: of `render`, picklable.
+        state: of the renderer; a child with another state is replaced.
 
     Raises:
         ValueError: the renderer's error.
@@ -78,7 +78,7 @@ def render_limited(
     """
     child, question = children.get(key), pickle.dumps(arguments)
     found = child.ask(question) if child is not None and child.state == state else None
-    if found is None:  # or it ended meanwhile, since nobody asked for long
+    if found is None:  # or it exited after being idle
         child = children[key] = Child(render, state)
         found = child.ask(question)
     if found is None:
@@ -99,7 +99,7 @@ def _end(process: int, *streams: BinaryIO) -> None:
 
 
 def _serve(render: Render, asked: int, tell: int) -> None:
-    """Render requests, one line each, until the input ends; then end this process."""
+    """Answer each request with a line until the input ends, then exit."""
     try:
         begin_child(asked, tell)
         _limit_memory()
@@ -116,7 +116,7 @@ def _serve(render: Render, asked: int, tell: int) -> None:
 
 
 def _limit_memory() -> None:
-    with suppress(OSError, ValueError):  # a system that does not tell how much this process has, or has no such limit
+    with suppress(OSError, ValueError):  # this system does not report memory use, or has no such limit
         now = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         most = now + _MORE_BYTES if hard == resource.RLIM_INFINITY else min(now + _MORE_BYTES, hard)
@@ -129,7 +129,7 @@ def _rendered(render: Render, question: bytes) -> tuple[str | None, str | None, 
         text = str(render(*pickle.loads(question)))
     except MemoryError:
         return None, None, "it takes more than a gigabyte of memory"
-    except Exception as error:  # a template is a program of somebody else's: whatever it raises
+    except Exception as error:  # a template is untrusted code and may raise anything
         return None, " ".join(str(error).split())[:200] or type(error).__name__, None
     if len(text) > _LONGEST + _TIMES * len(question):
         return None, None, f"it turns a few words into {len(text):,} characters"

@@ -1,4 +1,4 @@
-"""Candidates with a type for each tensor, chosen by what the types cost."""
+"""Candidates with a type for each tensor, chosen by measured losses."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.types_by_tensor import Losses, choose
 
 _SHARE = 0.25
-"""Of the remaining budget, for measuring what types of tensors cost."""
+"""Maximum share of the remaining budget for measuring the losses of types."""
 
 
 def has_time(workshop: Workshop, budget: Budget, quant: Candidate) -> bool:
-    """Return whether the budget has time to measure what types of tensors cost. quant: one that was made."""
-    # Whole samples are read in less than half of the time of one token after another.
+    """Return whether the budget has time to measure the losses of types. quant: one already made."""
+    # Reading whole samples takes less than half the time of reading token by token.
     seconds = MIXED_SAMPLES * SEQLEN / (2 * budget.reads) + workshop.making.took_to_make(quant)
     return workshop.knows_losses or seconds <= _SHARE * budget.left
 
 
 def mixtures(workshop: Workshop, cut: Cut) -> list[Candidate]:
-    """Return candidates of a cut with a type for each tensor, the largest first; none where losses cannot be measured."""
+    """Return candidates of a cut with a type for each tensor, the largest first; none if losses cannot be measured."""
     try:
         losses: Losses = workshop.losses()
     except (BadInput, UnsupportedModel) as error:
-        workshop.reporter.say_once(f"Every tensor gets the type that llama.cpp gives it: {error}")
+        workshop.reporter.say_once(f"llama.cpp chooses the type of every tensor: {error}")
         return []
     weights = sum(own["q8_0"][0] for own in losses.values()) * 32 / 34
     least = 8 * sum(min(own.values())[0] for own in losses.values()) / weights

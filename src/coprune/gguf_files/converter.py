@@ -1,7 +1,7 @@
-"""llama.cpp's converter of model folders, if it is on this machine: it creates the template of an export.
+"""llama.cpp's converter for model folders, if installed: it creates the template of an export.
 
-It is a script in llama.cpp's repository, not part of the gguf package. It runs in a process of its own without network access,
-and sees only the folder's data, not any code in it.
+The converter is a script in llama.cpp's repository, not part of the gguf package. It runs in a separate process without
+network access and reads only the folder's data, never its code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCRIPT = "convert_hf_to_gguf.py"
 _MODULE = "convert_hf_to_gguf"
 _PROGRAMS = ("llama-quantize", "llama-cli", "llama-server")
 _ABOVE = 4
-"""How many folders above llama.cpp's programs its checkout may be, as in llama.cpp/build/bin/Release."""
+"""Number of parent folders of llama.cpp's programs that are searched for its checkout, as in llama.cpp/build/bin/Release."""
 _LEFT_OUT = (".py", ".pyc", ".gguf", ".bin", ".pt", ".pth")
 _SECONDS, _BYTES_A_SECOND = 600, 10_000_000
 _SHOWN = 3000
@@ -39,7 +39,7 @@ _MISSING = re.compile(r"No module named '([\w.]+)'")
 
 
 def find_converter(named: str | Path | None = None) -> Path | None:
-    """Find the script: as named, in `$LLAMA_CPP`, on the PATH, in a package, or above llama.cpp's programs.
+    """Find the script: where named, in `$LLAMA_CPP`, on the PATH, in a package, or above llama.cpp's programs.
 
     Args:
         named: the script or its folder.
@@ -65,7 +65,7 @@ def find_converter(named: str | Path | None = None) -> Path | None:
 
 
 def no_template(folder: Path, name: str) -> BadInput:
-    """Return the error about a model folder without a named GGUF file or a converter."""
+    """Return the error for a model folder with neither a named GGUF file nor a converter."""
     base = _base_model(folder)
     of = f" of its base model: https://huggingface.co/models?other=base_model:quantized:{base}" if base else ""
     fix: Words = (

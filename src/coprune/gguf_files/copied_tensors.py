@@ -1,8 +1,8 @@
 """Quantise a file, copying tensors that earlier quants already contain.
 
-Quants of a model share most tensors: all blocks, if only embeddings or tokens differ, and those whose rows are not a multiple
-of 256, for which types fall back to the same one. llama.cpp's quantiser copies a tensor that already has its target type. So it
-gets a source with these tensors from an earlier file, and writes the same bytes as without.
+Quants of one model share most tensors: all blocks, if only embeddings or tokens differ, and all tensors whose rows are not a
+multiple of 256, where several types fall back to the same one. llama.cpp's quantiser copies a tensor that already has its
+target type, so its source takes these tensors from an earlier file. The bytes written are the same.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def quantize_beside(earlier: Sequence[Quant], source: Path, target: Path, asked:
 
 
 def bytes_of_rows(source: Path, asked: Quantisation, left: int) -> int:
-    """Return the bytes of a quant that removing tokens would save: in embeddings and head, after their first `left` rows.
+    """Return the bytes that removing tokens would save in a quant: those of embeddings and head beyond the first `left` rows.
 
     Raises as `quantize`.
     """
@@ -76,7 +76,7 @@ class _Stored:
     """A tensor of a mapped file."""
 
     type: int
-    """ggml's number of it."""
+    """Its type, as ggml's number."""
     shape: tuple[int, ...]
     """Length of a row, number of rows, and further dimensions."""
     bytes: Any

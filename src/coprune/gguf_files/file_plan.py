@@ -63,7 +63,7 @@ class Example:
 
 
 def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Example:
-    """Match the tensors of a GGUF file to a model's. source: the model to store like it.
+    """Match the tensors of a GGUF file to a model's. source: the model to store in the file's layout.
 
     Raises:
         BadInput: the file cannot be read, or belongs to another model.
@@ -81,7 +81,7 @@ def read_example(file: GgufFile, source: Exported, reporter: Reporter) -> Exampl
 
 
 def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter) -> tuple[Mapping[str, Tensor], float]:
-    """Return the tensors to match the file's with, and the relative difference allowed.
+    """Return the tensors to match the file's against, and the relative tolerance.
 
     transformers reads the file's exact values; for an architecture that it cannot read, use the source folder's values from
     before quantisation.
@@ -165,7 +165,7 @@ def _moved(name: str, left: Sequence[int]) -> str:
 
 
 def _sizes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int] | None]) -> dict[int, int]:
-    """Return new sizes by old ones that no tensor has any more. Raises UnsupportedModel if the blocks differ."""
+    """Return the replacements for sizes that no tensor has any more. Raises UnsupportedModel if the blocks differ."""
     kinds: dict[tuple[str, tuple[int, ...]], set[tuple[int, ...]]] = {}
     for name, shape in after.items():
         if shape is not None:

@@ -58,7 +58,7 @@ class Asked:
     save: Path | None = None
 
     def find(self, location: Location, reporter: Reporter) -> Importance | Mapping[str, Tensor] | None:
-        """Return the file's importance, or measure it by the checkpoint's names; None if neither was asked for."""
+        """Return the importance, read from the file or measured under the checkpoint's names; None if not requested."""
         if self.file is not None:
             return read_importance(self.file)
         return None if self.data is None else measured(location, self.data, reporter)
@@ -71,7 +71,7 @@ class TextWalk:
     location: Location
     model: Any
     chosen: Chosen
-    """All matrices of the blocks, chosen before a forward has shown which parameters are mixtures."""
+    """All matrices of the blocks, chosen before a forward pass has shown which parameters are mixtures."""
     proven: ProvenModel
     tokens: Tensor
 

@@ -108,7 +108,7 @@ class Quantisation:
     kind: str
     """A type such as q4_k_m."""
     importance: Mapping[str, Tensor] | None = None
-    """Mean squares of the inputs of the file's tensors, by name; some types mix differently with one."""
+    """Mean squares of the inputs of the file's tensors, by name; some types choose other tensor types with one."""
     embedding: str | None = None
     """Another type for the embeddings and the head, such as q4_0."""
     types: Mapping[str, str] | None = None
@@ -135,7 +135,7 @@ def type_number(name: str) -> int:
 
 
 def quantize(source: Path, target: Path, asked: Quantisation) -> None:
-    """Quantise a float16 file with llama.cpp, in a child process, since no signal can interrupt it for minutes.
+    """Quantise a float16 file with llama.cpp, in a child process, since signals cannot interrupt this call for minutes.
 
     Args:
         source: the file.
@@ -353,7 +353,7 @@ class LlamaCpp:
         return bool(self._library.llama_vocab_is_eog(self._library.llama_model_get_vocab(self._model), token))
 
     def tokenize(self, text: str) -> list[int]:
-        """Tokenize a text with the file's tokenizer, including what that adds in front."""
+        """Tokenize a text with the file's tokenizer, including the tokens that it prepends."""
         raw = text.encode()
         found = self._ffi.new("llama_token[]", len(raw) + 8)
         vocabulary = self._library.llama_model_get_vocab(self._model)

@@ -79,7 +79,7 @@ class Counts:
     changes: Mapping[str, Any]
     """New values of the configuration by dotted path."""
     sizes: Mapping[int, int]
-    """New sizes by old ones that no tensor has any more."""
+    """Replacements for sizes that no tensor has any more."""
     kept_blocks: Sequence[int]
     blocks: int
     """Original number of blocks."""

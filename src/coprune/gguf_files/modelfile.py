@@ -55,7 +55,7 @@ class Turns:
     answer: str
     """Text that begins an answer."""
     unasked: str = ""
-    """Text at the beginning where there is no system message."""
+    """Text at the beginning if there is no system message."""
 
     def render(self, messages: Messages) -> str:
         """Render a conversation as the model reads it, up to its answer."""
@@ -180,9 +180,10 @@ Render = Callable[[Messages, bool], str]
 
 
 def _renderer(template: str, special: Mapping[str, str], added: str) -> Render:
-    """Return a function that renders messages as transformers does, without `added`; its last argument: begin an answer.
+    """Return a function that renders messages as transformers does, without `added`.
 
-    It runs in a limited process, and raises ValueError if the template fails or exceeds a limit.
+    Its last argument says whether to begin an answer. It runs in a limited process, and raises ValueError if the
+    template fails or exceeds a limit.
     """
 
     def render(messages: Messages, begins: bool) -> str:

@@ -116,18 +116,18 @@ def sensitivity_of(file: Path, tokens: Tensor, reporter: Reporter) -> Mapping[st
 
 @dataclass(frozen=True)
 class _Passed:
-    """What a pass found; the model itself is let go of before its file is read again."""
+    """The result of a pass; the model itself is freed before its file is read again."""
 
     rows: Mapping[str, Tensor]
     columns: Mapping[str, Tensor]
-    """Of the blocks' matrices by the checkpoint's names, in the shapes of the weights; NaN for others."""
+    """Factors for the blocks' matrices, by the checkpoint's names and in the shapes of the weights; NaN for others."""
     head: Sensitivity
     embedded: Tensor
-    """Of the table of embeddings by its columns."""
+    """The factor for the columns of the embedding table."""
 
 
 def _pass(location: GgufFile, tokens: Tensor, reporter: Reporter) -> _Passed:
-    """Read tokens forward and backward. Raises as `sensitivity_of` does."""
+    """Run tokens forward and backward. Raises as `sensitivity_of` does."""
     weights, blocks = _opened(location)
     model = weights.model
     chosen = choose_matrices(model, blocks)
@@ -152,7 +152,7 @@ def _pass(location: GgufFile, tokens: Tensor, reporter: Reporter) -> _Passed:
 
 
 def _opened(location: GgufFile) -> tuple[LazyGguf, list[Block]]:
-    """Open a 16-bit file with its blocks on disk."""
+    """Open a 16-bit file, leaving its blocks on disk."""
     dtype: DtypeName = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
     lazy = LazyGguf(location, dtype)
     blocks = find_blocks(lazy.model)
@@ -167,16 +167,16 @@ def _read(
     generator: torch.Generator,
     advance: Callable[[float], None],
 ) -> None:
-    """Read a batch forward and backward.
+    """Run a batch forward and backward.
 
-    A block is in memory only while it computes: it keeps its inputs alone, and computes again for the gradients. All samples
-    together read it twice, which takes no longer than one at a time with everything in memory.
+    A block is in memory only while it runs: only its inputs are saved, and it is recomputed for the gradients. The whole
+    batch reads each block twice, which takes no longer than one sample at a time with everything in memory.
 
     Args:
         weights: the model's.
         blocks: its blocks.
         batch: token ids (N × S).
-        generator: samples the tokens whose losses are derived.
+        generator: samples the tokens whose losses are differentiated.
         advance: called with the number of samples just read.
     """
     model, answers, ends = weights.model, list[Answer](), list[Tensor]()
@@ -220,9 +220,9 @@ def _read(
 
 
 class _Seen(torch.autograd.Function):
-    """Passes on a matrix's outputs, and adds its inputs and the gradients of its outputs to sums.
+    """Returns a matrix's outputs unchanged, and adds its inputs and output gradients to sums.
 
-    The inputs are saved for the backward pass as autograd's own are, so a block that computes again does not keep them.
+    The inputs are saved for the backward pass like autograd's own, so a recomputed block does not keep them.
     """
 
     @staticmethod
@@ -248,7 +248,7 @@ def _watching(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], Tensor]:
 
 
 def _watching_table(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """Return a hook that records the embeddings and starts their gradients."""
+    """Return a hook that records the embeddings and enables their gradients."""
 
     def seen(module: Any, given: Any, out: Tensor) -> Tensor:
         # Some models scale their embeddings.

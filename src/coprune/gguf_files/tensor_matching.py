@@ -28,7 +28,7 @@ _VECTORS = 1e-2
 
 
 _STRETCH = 1 << 22
-"""Values that are compared at a time: their differences would take as much memory as a table of embeddings."""
+"""Number of values compared at a time; all differences together would take as much memory as an embedding table."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Matcher:
         as_it_is = (self._same, self._with_one_added) if wanted.ndim == 1 else (self._same,)
         ways: Iterable[_Compare] = (*as_it_is, self._in_known_order, found_order)
         for compare, candidates in product(ways, groups):
-            # Each is read for its own comparison only, since two tables of embeddings take gigabytes.
+            # Each is read for its own comparison only: two embedding tables take gigabytes.
             tried = (compare(one, squeezed(held(tensor)), wanted) for one, tensor in candidates)
             matches = [made for made in tried if made is not None]
             if matches:
@@ -179,7 +179,7 @@ class Matcher:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference of two tensors of one shape, without holding all of it."""
+    """Return the norm of the difference of two equally shaped tensors, without storing the whole difference."""
     rows = max(1, _STRETCH // max(1, expected[0].numel()))
     parts = zip(found.split(rows), expected.split(rows), strict=True)
     return float(torch.stack([(one - other).norm() for one, other in parts]).norm())
