@@ -98,7 +98,7 @@ def test_the_short_help_shows_the_common_settings_on_one_screen(
     assert {"--mode", "--teacher", "--minutes", "--tokens", "--learning-rate", "--train-only"} <= set(train.split())
     assert "--rank" not in train
     assert "--rank" in coprune("finetune", "--help-all")
-    for name in ("prune", "estimate", "sweep", "finetune", "eval", "compare"):
+    for name in COMMANDS:
         assert len(coprune(name, "--help").splitlines()) <= 50, name
     for name in ("eval", "compare"):
         said = coprune(name, "--help")

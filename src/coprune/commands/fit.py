@@ -10,7 +10,7 @@ import typer
 from coprune.base.environment import expand_home
 from coprune.base.validation import settings_of
 from coprune.base.words import Command, Words
-from coprune.commands.options import settings_options, with_options
+from coprune.commands.options import ShortCommand, help_all_option, settings_options, with_options
 from coprune.commands.terminal import show, show_next
 from coprune.fitting.elsewhere import look_at_candidates
 from coprune.fitting.fit_settings import FitSettings
@@ -18,9 +18,10 @@ from coprune.gguf_files.llama_cpp import require_llama_cpp
 from coprune.model.checkpoint.glance import is_run, look
 
 NOT_KEPT = 1
+READ_WITH = {"cls": ShortCommand}
 
 
-@with_options(settings_options(FitSettings))
+@with_options([*settings_options(FitSettings), help_all_option()])
 def fit(
     model: Annotated[str, typer.Argument(help="A model to fit, or the recipe.yaml of an earlier fit to repeat.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model, its recipe, page and card.")],

@@ -408,7 +408,7 @@ class ExportArguments(TypedDict, total=False):
     """GGUF file of the source model, in any type: its metadata, tokenizer and order are used. [the one that the model
     was made from, or the converter's output]"""
     converter: File | None
-    """llama.cpp's convert_hf_to_gguf.py, or its folder, for a model folder without like. [in $LLAMA_CPP, or on the
+    """llama.cpp's convert_hf_to_gguf.py, or its folder; for a model folder without like. [in $LLAMA_CPP, or on the
     PATH]"""
     padded: bool
     """Keep channels and heads that are all zeros, which pad blocks to one width."""
@@ -431,9 +431,9 @@ class FitArguments(TypedDict, total=False):
     """Settings of the search for the smallest file."""
 
     target: Literal["size", "speed", "memory"]
-    """What to minimise: size of the file, memory with 2,048 tokens, or time of a token (speed)."""
+    """What to minimise; size is the file's, memory counts 2,048 tokens, speed is the time of a token."""
     runtime: Literal["llama.cpp", "transformers"]
-    """Where it will run: llama.cpp (a GGUF file), or transformers (a folder)."""
+    """Where it will run; llama.cpp takes a GGUF file, transformers a folder."""
     budget: str | float
     """Time limit of search and proof: 60m, 2h, or minutes. [60m]"""
     items: int | None
@@ -443,7 +443,7 @@ class FitArguments(TypedDict, total=False):
     like: File | None
     """Any GGUF file of the model, in any type; needed for a folder unless there is a converter."""
     converter: File | None
-    """llama.cpp's convert_hf_to_gguf.py, or its folder, for a model folder without like. [in $LLAMA_CPP, or on the
+    """llama.cpp's convert_hf_to_gguf.py, or its folder; for a model folder without like. [in $LLAMA_CPP, or on the
     PATH]"""
     without: str | Sequence[str]
     """Kinds of changes not to try: vocabulary, experts, blocks, channels, embedding, mixed (types by tensor)."""

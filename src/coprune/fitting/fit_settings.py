@@ -59,10 +59,12 @@ class FitSettings(BaseModel):
 
     target: Annotated[
         Target,
-        Field(description="What to minimise: size of the file, memory with 2,048 tokens, or time of a token (speed)."),
+        Field(
+            description="What to minimise; size is the file's, memory counts 2,048 tokens, speed is the time of a token."
+        ),
     ] = "size"
     runtime: Annotated[
-        Runtime, Field(description="Where it will run: llama.cpp (a GGUF file), or transformers (a folder).")
+        Runtime, Field(description="Where it will run; llama.cpp takes a GGUF file, transformers a folder.")
     ] = "llama.cpp"
     budget: Annotated[
         float,

@@ -13,7 +13,7 @@ PathText = Annotated[str | None, BeforeValidator(path_as_text, json_schema_input
 Converter = Annotated[
     PathText,
     Field(
-        description="llama.cpp's convert_hf_to_gguf.py, or its folder, for a model folder without like. [in $LLAMA_CPP, or on "
+        description="llama.cpp's convert_hf_to_gguf.py, or its folder; for a model folder without like. [in $LLAMA_CPP, or on "
         "the PATH]"
     ),
 ]
