@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -133,6 +133,39 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class SolvedSpans:
+    """The maps of all spans that may go."""
+
+    writers: Mapping[int, Writers]
+    """Matrices that receive a map, by block number."""
+    maps: Mapping[Span, Map]
+    errors: Sequence[Mapping[Span, float]]
+    """Errors of the maps, by list, the same in all processes."""
+
+    def least(self, counts: Sequence[int], spans: int, each: int) -> list[list[tuple[Span, ...]]]:
+        """Return the sets of spans with the least errors, by list; none for a list that loses no block.
+
+        counts: number of blocks to remove from each list; spans, each: as in `best_sets`. Raises UnsupportedModel.
+        """
+        sets = [best_sets(own, count, spans, each) for own, count in zip(self.errors, counts, strict=True)]
+        for own, count in zip(sets, counts, strict=True):
+            if count and not own:
+                raise UnsupportedModel(
+                    f"no map could replace {count} of the blocks: the block before them needs a matrix whose result is only "
+                    "added to its output"
+                )
+        return sets
+
+    def error(self, spans: Iterable[Span]) -> float:
+        """Return the error of a set of spans."""
+        return sum(own[span] for span in spans for own in self.errors if span in own)
+
+    def maps_of(self, spans: Iterable[Span]) -> dict[Span, Map]:
+        """Return the maps of some spans."""
+        return {span: self.maps[span] for span in spans}
+
+
+@dataclass(frozen=True)
 class Mapped:
     """Replace blocks in a row by a linear map, merged into the block before them (ReplaceMe, arXiv 2505.02819).
 
@@ -157,28 +190,43 @@ class Mapped:
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
     ) -> Going:
+        solved = self.solve(model, batches, counts, scaled(advance, 0.7), processes)
+        going = self.choose_among(solved, model, batches, counts, processes)
+        advance(0.3)
+        return going
+
+    def solve(
+        self,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        counts: Sequence[int],
+        advance: Advance = lambda share: None,
+        processes: Processes = ALONE,
+    ) -> SolvedSpans:
+        """Solve the maps of all spans of at most so many blocks. Arguments as in `choose`; counts: the most of each list."""
         writers = find_writers(model)
         walk = MapWalk(model, writers, processes.own(first_batches(batches, self.tokens // 4)), processes)
         spans = [self._spans(model, writers, part, count) for part, count in enumerate(counts)]
         every, found = {*chain.from_iterable(spans)}, dict[Span, Map]()
-        share = 0.7 / (1 + max((span.last for span in every), default=0))
+        share = 1 / (1 + max((span.last for span in every), default=0))
         for span, one in walk.of_outputs(every, scaled(advance, share)) if every else ():
             found[span] = one
         # The first process decides, since another machine may round differently.
         errors = processes.from_first(lambda: {span: one.error for span, one in found.items()})
-        sets = [
-            best_sets({span: errors[span] for span in own}, count, self.spans, self.candidates)
-            for own, count in zip(spans, counts, strict=True)
-        ]
-        for own, count in zip(sets, counts, strict=True):
-            if count and not own:
-                raise UnsupportedModel(
-                    f"no map could replace {count} of the blocks: the block before them needs a matrix whose result is only "
-                    "added to its output"
-                )
-        tried = {one: {span: found[span] for span in one} for own in sets for one in own}
-        costs = self._costs(model, batches, processes, tried, writers)
-        advance(0.3)
+        return SolvedSpans(writers, found, [{span: errors[span] for span in own} for own in spans])
+
+    def choose_among(
+        self,
+        solved: SolvedSpans,
+        model: ProvenModel,
+        batches: Sequence[Tensor],
+        counts: Sequence[int],
+        processes: Processes = ALONE,
+    ) -> Going:
+        """Choose the blocks to remove among spans whose maps are solved. Other arguments as in `choose`."""
+        sets = solved.least(counts, self.spans, self.candidates)
+        tried = {one: solved.maps_of(one) for own in sets for one in own}
+        costs = self._costs(model, batches, processes, tried, solved.writers)
         gone = [span for own in sets if own for span in min(own, key=costs.__getitem__)]
         return Going([index for span in gone for index in span.gone], [span.before for span in gone])
 

@@ -17,7 +17,7 @@ from coprune.model.walk.recording import Recording, record_batches
 from coprune.model.walk.statistics import Gram
 from coprune.removal.block_scores import kl_of_logits, logits_of
 from coprune.removal.channels_and_heads import Part
-from coprune.removal.unit_scores import refitted, score_named
+from coprune.removal.unit_scores import Score, by_norm, curve, energy, refitted, score_named
 from coprune.run.calibrating import first_batches
 from coprune.run.context import Run
 
@@ -41,6 +41,37 @@ class Levels:
     """How much the block changes the dense model's hidden states."""
     inputs: Mapping[str, Inputs]
     """Inputs of the consumers in the dense model, by name."""
+
+    @classmethod
+    def of(
+        cls, block: Block, part: Part, counts: list[int], inputs: Mapping[str, Inputs], score: Score, moved: float = 1.0
+    ) -> Self:
+        """Choose the units of a part at every level, with the relative cost.
+
+        Args:
+            block: the loaded block.
+            part: one of its parts.
+            counts: number of kept units by level, descending.
+            inputs: Gram matrices of the consumers' inputs in the dense model, by name.
+            score: chooses the units.
+            moved: how much the block changes the hidden states.
+        """
+        keeps: list[list[Tensor]] = [[] for _ in counts]
+        costs, total = [0.0] * len(counts), 0.0
+        for consumer in part.fold.consumers:
+            weight, known = consumer.read(), inputs.get(consumer.name)
+            statistic = None if known is None else known.statistic
+            units, numbers = part.grouped.to(weight.device), [count // part.group for count in counts]
+            if not isinstance(statistic, Gram) or not statistic.count:
+                for own, count in zip(keeps, numbers, strict=True):
+                    own.append(part.ungrouped(by_norm(weight, units, count)))
+                continue
+            total += statistic.count * energy(weight, statistic)
+            for at, (keep, cost) in enumerate(curve(score, weight, statistic, units, numbers)):
+                keeps[at].append(part.ungrouped(keep))
+                costs[at] += statistic.count * cost
+        seen = {consumer.name: inputs[consumer.name] for consumer in part.fold.consumers if consumer.name in inputs}
+        return cls(block, part, counts, keeps, [cost / total if total else 0.0 for cost in costs], moved, seen)
 
     def steps_to(self, count: int) -> int:
         """Return the number of steps at which `count` units are kept."""

@@ -1,6 +1,7 @@
-"""Shares of channels, heads and blocks that bring a model to a size, found by counting parameters.
+"""Mixes of channels, heads and blocks that bring a model to a size, found by counting parameters.
 
-Channels go first, since they cost least for their size, then heads, then blocks.
+By counting alone channels go first, since they mostly cost least for their size, then heads, then blocks. Mixes with more
+blocks and fewer channels are for a run that measures which of them loses least.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from coprune.removal.channels_and_heads import Kind, Part, groups_of, kept_count
 _MOST: dict[Removable, float] = {"channels": 0.75, "heads": 0.5, "blocks": 0.5}
 """Largest share of each kind; beyond it the next kind is removed, too."""
 _DIGITS = 8
+_OTHERS = 3
+"""Maximum number of mixes to compare with the first, since each is measured."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,29 @@ class Level:
     """Number of kept units by original number; for blocks, by list."""
 
 
-Shares = dict[Removable, str]
+@dataclass(frozen=True)
+class Mix:
+    """A level of each kind of parts, which together leave a target size."""
+
+    levels: Mapping[Removable, Level]
+    left: int
+    """Upper bound of the parameters left."""
+
+    @property
+    def shares(self) -> dict[Removable, str]:
+        """The share of each kind that loses any."""
+        return {kind: level.share for kind, level in self.levels.items() if level.share}
+
+    @property
+    def keep(self) -> dict[Kind, Mapping[int, int]]:
+        """Number of kept channels and heads, as in `Plan.keep`."""
+        kinds: tuple[Kind, ...] = ("channels", "heads")
+        return {kind: self.levels[kind].keep for kind in kinds if self.levels[kind].share}
+
+    def blocks_gone(self, lists: Sequence[int]) -> list[int]:
+        """Return the number of blocks to remove from each list. lists: their lengths."""
+        keep = self.levels["blocks"].keep
+        return [length - keep.get(at, length) for at, length in enumerate(lists)]
 
 
 @dataclass(frozen=True)
@@ -81,10 +106,8 @@ def _of_unit(part: Part) -> int:
     return sum(int((~mask).sum()) for mask in masks.values()) // part.group
 
 
-def shares_for(
-    counted: Counted, parts: Mapping[str, Sequence[Part]], most: int, align: int
-) -> Iterator[tuple[Shares, int]]:
-    """Yield shares that leave at most `most` parameters, with the number left, using ever more kinds of parts.
+def mixes_for(counted: Counted, parts: Mapping[str, Sequence[Part]], most: int, align: int) -> Iterator[Mix]:
+    """Yield mixes that leave at most `most` parameters, using ever more kinds of parts.
 
     Args:
         counted: the model.
@@ -99,7 +122,29 @@ def shares_for(
         offered = {kind: levels if kind == "channels" or kind in used else [nothing] for kind, levels in every.items()}
         found = _least(counted, offered, most)
         if found is not None and all(found[kind].share for kind in used):
-            yield {kind: level.share for kind, level in found.items() if level.share}, counted.left(found)
+            yield Mix(found, counted.left(found))
+
+
+def with_more_blocks(
+    counted: Counted, parts: Mapping[str, Sequence[Part]], most: int, align: int, first: Mix
+) -> list[Mix]:
+    """Return a few mixes with ever more blocks and fewer channels than the first, up to blocks alone.
+
+    Of neighbouring ones that which leaves the most is taken, since widths come in coarse steps. Arguments as in `mixes_for`.
+    """
+    every, found, before = _levels(counted, parts, align), list[Mix](), first.keep
+    heads = every["heads"] if first.levels["heads"].share else [Level()]
+    for level in every["blocks"][1 + every["blocks"].index(first.levels["blocks"]) :]:
+        levels = _least(counted, {"channels": every["channels"], "heads": heads, "blocks": [level]}, most)
+        assert levels is not None  # fewer blocks were sufficient
+        mix = Mix(levels, counted.left(levels))
+        if mix.keep != before:  # otherwise more blocks go than have to
+            found.append(mix)
+        before = mix.keep
+        if not before:
+            break
+    step = max(1, -(-len(found) // _OTHERS))
+    return [max(found[at : at + step], key=lambda mix: mix.left) for at in range(0, len(found), step)]
 
 
 def _least(counted: Counted, offered: Mapping[Removable, Sequence[Level]], most: int) -> dict[Removable, Level] | None:

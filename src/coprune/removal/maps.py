@@ -294,10 +294,15 @@ class MapWalk:
     processes: Processes = ALONE
 
     @torch.no_grad()
-    def of_outputs(self, spans: Collection[Span], advance: Advance = lambda share: None) -> Iterator[tuple[Span, Map]]:
+    def of_outputs(
+        self, spans: Collection[Span], advance: Advance = lambda share: None, of_inputs: bool = False
+    ) -> Iterator[tuple[Span, Map]]:
         """Yield maps of block outputs for many spans in one walk, each as soon as the walk reaches the end of its span.
 
-        advance: called with the share of a block just done.
+        Args:
+            spans: the spans.
+            advance: called with the share of a block just done.
+            of_inputs: whether single matrices are refitted on their inputs instead, as `merged` does.
         """
         open_ones = dict[int, Features]()
         recording, shown = record_batches(self.model, self.batches), self._up_to(max(span.last for span in spans))
@@ -306,13 +311,19 @@ class MapWalk:
                 continue
             index, after = event.block.index, self._tokens(event.after)
             for span in sorted(span for span in spans if span.last == index):
-                yield span, open_ones[span.before].solve(after, processes=self.processes)
+                fits = of_inputs and self.writers[span.before].is_one
+                yield span, open_ones[span.before].solve(after, fits, self.processes)
             needed = {span.before for span in spans if span.before <= index < span.last}
             open_ones = {before: own for before, own in open_ones.items() if before in needed}
             if index in needed:
-                states = enumerate(zip(event.before, event.after, strict=True))
-                written = [self._written(recording, event.block, batch, *own) for batch, own in states]
-                open_ones[index] = self._features(event.block, written, [hidden.clone() for hidden in after])
+                fits, states = of_inputs and self.writers[index].is_one, zip(event.before, event.after, strict=True)
+                rows = [
+                    self._inputs(recording, event.block, batch, before)
+                    if fits
+                    else self._written(recording, event.block, batch, before, behind)
+                    for batch, (before, behind) in enumerate(states)
+                ]
+                open_ones[index] = self._features(event.block, rows, [hidden.clone() for hidden in after], fits)
 
     @torch.no_grad()
     def merged(self, spans: Sequence[Span], advance: Advance = lambda share: None) -> dict[int, FoundMap]:

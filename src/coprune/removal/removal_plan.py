@@ -23,7 +23,7 @@ from coprune.recipe.choice import Choice
 from coprune.recipe.size import Size
 from coprune.recipe.structure import SCORES, RemovePart
 from coprune.removal.block_scores import Going, Mapped, block_score_named, may_go
-from coprune.removal.by_size import Counted, shares_for, smallest
+from coprune.removal.by_size import Counted, Mix, mixes_for, smallest, with_more_blocks
 from coprune.removal.channels_and_heads import (
     Kind,
     Part,
@@ -56,6 +56,18 @@ class Removable:
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
     rehearsed: tuple[Plan, Configure] | None = None
     """The plan and its configuration change, if no blocks have to be chosen first."""
+    mixes: Sequence[Mix] = ()
+    """Ways to reach a target size that a run compares, the one found by counting first; none if there is no choice."""
+    every: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    """The parts of all kinds that the mixes may cut, by block."""
+
+    def of_mix(self, run: Run, mix: Mix) -> Removable:
+        """Return the parts that one of the mixes removes, and make its shares the run's."""
+        run.sized = run.recipe.remove.with_shares(mix.shares)
+        if mix is self.mixes[0]:
+            return replace(self, mixes=())
+        parts = {name: [part for part in own if part.kind in mix.keep] for name, own in self.every.items()}
+        return Removable(parts)
 
     def without(self, gone: Collection[str]) -> Removable:
         """Return the removable parts without those of some blocks. gone: their names."""
@@ -90,15 +102,18 @@ def _find_for_size(run: Run, there: Mapping[str, Sequence[Part]], size: Size) ->
     if most >= before:
         cause = f"the model has {_told(before, module)} already"
         raise BadInput(cause, field="remove", value=asked.parts, fix="give a smaller size")
-    for shares, left in shares_for(counted, parts, most, asked.align):
-        run.sized = asked.with_shares(shares)
+    for mix in mixes_for(counted, parts, most, asked.align):
+        run.sized = asked.with_shares(mix.shares)
         try:
             found = _find(run, there)
         except UnsupportedModel as error:
             refused.append(error)
             continue
-        chosen = ",".join(run.sized.parts)
-        run.reporter.say(f"{','.join(asked.parts)}: {chosen} leaves {_told(left, module)} of {_told(before, module)}.")
+        compares = run.samples is not None and asked.maps_blocks and not run.recipe.output.as_gguf
+        others = with_more_blocks(counted, parts, most, asked.align, mix) if compares else []
+        if others:
+            return replace(found, mixes=[mix, *others], every=parts)
+        say_mix(run, mix)
         return found
     if refused:
         raise refused[0]
@@ -109,6 +124,16 @@ def _find_for_size(run: Run, there: Mapping[str, Sequence[Part]], size: Size) ->
         value=asked.parts,
         fix="give a larger size, or take a smaller model",
     )
+
+
+def say_mix(run: Run, mix: Mix, losses: Sequence[tuple[Mix, float]] = ()) -> None:
+    """Report the mix that a target size takes. losses: of all that were compared, in nats per token."""
+    asked, module = run.recipe.remove, run.model.module
+    named = {id(one): ",".join(asked.with_shares(one.shares).parts) for one in (mix, *(one for one, _ in losses))}
+    told = f"leaves {_told(mix.left, module)} of {_told(module.num_parameters(), module)}"
+    lost = ", ".join(f"{loss:.3f} with {named[id(one)]}" for one, loss in losses)
+    compared = f" Predicted loss in nats per token: {lost}." * bool(lost)
+    run.reporter.say(f"{','.join(asked.parts)}: {named[id(mix)]} {told}.{compared}")
 
 
 def _require_countable(run: Run) -> None:
@@ -189,10 +214,16 @@ def _with_a_share_that_works(run: Run, plan: Plan, error: UnsupportedModel) -> U
     return error
 
 
-def plan_removal(run: Run, found: Removable) -> Plan:
-    """Choose the blocks to remove and count what stays of the others. Raises BadInput, UnsupportedModel."""
+def plan_removal(run: Run, found: Removable, known: Going | None = None) -> Plan:
+    """Choose the blocks to remove and count what stays of the others. Raises BadInput, UnsupportedModel.
+
+    known: the blocks, if a comparison of mixes has chosen them.
+    """
     asked = run.removal
-    score, going = blocks_that_go(run, _counts_of_blocks(run, asked.share("blocks")))
+    if known is None:
+        score, going = blocks_that_go(run, _counts_of_blocks(run, asked.share("blocks")))
+    else:
+        score, going = asked.score_of("blocks"), known
     several = run.model.blocks[-1].part > 0
     told, mapped = (
         ", ".join(run.model.names[index] if several else str(index) for index in sorted(numbers))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.devices import memory_within
+from coprune.base.errors import UnsupportedModel
 from coprune.model.blocks import Block
 from coprune.model.edit import Configure
 from coprune.model.matrix_choice import Chosen
@@ -26,20 +27,19 @@ from coprune.pruning.block_training import BlockTraining, reconstruct_cut
 from coprune.pruning.pruner import MatrixResult
 from coprune.recipe.choice import USUAL_METHOD
 from coprune.recipe.recipe import Recipe
+from coprune.removal.block_scores import Going
 from coprune.removal.budget_loss import Candidates, Consumers, Levels, Steps
+from coprune.removal.by_size import Mix
 from coprune.removal.channels_and_heads import Kind, Part, parameter_of, step_of
 from coprune.removal.cuts import Cut, Plan, edits_of_block
 from coprune.removal.expert_choice import choose_experts, cut_carried
 from coprune.removal.maps import FoundMap
+from coprune.removal.mix_choice import compare_mixes
 from coprune.removal.rehearsal import rehearse
-from coprune.removal.removal_plan import Removable, find_maps, find_removable, only_consumers, plan_removal
+from coprune.removal.removal_plan import Removable, find_maps, find_removable, only_consumers, plan_removal, say_mix
 from coprune.removal.unit_scores import (
     ByError,
-    Score,
-    by_norm,
     cheapest,
-    curve,
-    energy,
     joined,
     largest,
     movement,
@@ -154,25 +154,52 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
 
 def _planned(run: Run, found: Removable) -> tuple[Plan, Configure]:
     """Return the plan, settled now or by an earlier run, and its configuration change."""
-    settled = run.output.settled_before() or {}
+    settled, mix = run.output.settled_before() or {}, None
+    if (shares := settled.get("shares")) is not None:
+        mix = next(mix for mix in found.mixes if mix.shares == shares)
+        found = found.of_mix(run, mix)
     if (known := settled.get("plan")) is not None:
         plan = as_settled(run, found, known)
         return plan, rehearse(run, plan)
-    even, configure = _even(run, found, settled.get("even"))
-    run.output.keep_settled({"even": settled_in(even)})
+    if found.mixes:
+        even, configure, mix = _even_of_mix(run, found)
+    else:
+        even, configure = _even(run, found, settled.get("even"))
+    chosen = {} if mix is None else {"shares": mix.shares}
+    run.output.keep_settled({"even": settled_in(even), **chosen})
     plan = spread_units(run, even)
     if plan is not even:
         configure = rehearse(run, plan)
     plan = choose_shared(run, plan)
-    run.output.keep_settled({"plan": settled_in(plan)})
+    run.output.keep_settled({"plan": settled_in(plan), **chosen})
     return plan, configure
 
 
-def _even(run: Run, found: Removable, settled: dict[str, Any] | None) -> tuple[Plan, Configure]:
-    """Return the plan with equal numbers of units in all blocks. settled: by an earlier run, if it got that far."""
+def _even_of_mix(run: Run, found: Removable) -> tuple[Plan, Configure, Mix]:
+    """Return the even plan of the mix that loses least, its configuration change, and the mix."""
+    compared = compare_mixes(run, found)
+    for mix, _ in compared.losses:
+        try:
+            even, configure = _even(run, found.of_mix(run, mix), None, compared.going(run, mix))
+        except UnsupportedModel:
+            continue
+        say_mix(run, mix, compared.losses)
+        return even, configure, mix
+    first = found.mixes[0]
+    say_mix(run, first)
+    return *_even(run, found.of_mix(run, first), None), first
+
+
+def _even(
+    run: Run, found: Removable, settled: dict[str, Any] | None, going: Going | None = None
+) -> tuple[Plan, Configure]:
+    """Return the plan with equal numbers of units in all blocks.
+
+    settled: by an earlier run, if it got that far; going: the blocks to remove, if known.
+    """
     if found.rehearsed is not None:
         return found.rehearsed
-    even = plan_removal(run, found) if settled is None else as_settled(run, found, settled)
+    even = plan_removal(run, found, going) if settled is None else as_settled(run, found, settled)
     return even, rehearse(run, even)
 
 
@@ -404,28 +431,6 @@ def _measured(run: Run, plan: Plan) -> list[Levels]:
             for part in plan.parts.get(event.block.name, ()):
                 step = step_of(part.count, align if part.kind == "channels" else 1, part.group)
                 counts = list(range(part.count // part.group * part.group, 0, -step))
-                levels.append(_levels(event.block, part, counts, inputs, (score, moved)))
+                levels.append(Levels.of(event.block, part, counts, inputs, score, moved))
             inputs = {}
     return levels
-
-
-def _levels(
-    block: Block, part: Part, counts: list[int], inputs: Mapping[str, Inputs], how: tuple[Score, float]
-) -> Levels:
-    """Choose the units of a part at every level, with the relative cost. how: the score, and the block's movement."""
-    keeps: list[list[Tensor]] = [[] for _ in counts]
-    costs, total = [0.0] * len(counts), 0.0
-    for consumer in part.fold.consumers:
-        weight, known = consumer.read(), inputs.get(consumer.name)
-        statistic = None if known is None else known.statistic
-        units, numbers = part.grouped.to(weight.device), [count // part.group for count in counts]
-        if not isinstance(statistic, Gram) or not statistic.count:
-            for own, count in zip(keeps, numbers, strict=True):
-                own.append(part.ungrouped(by_norm(weight, units, count)))
-            continue
-        total += statistic.count * energy(weight, statistic)
-        for at, (keep, cost) in enumerate(curve(how[0], weight, statistic, units, numbers)):
-            keeps[at].append(part.ungrouped(keep))
-            costs[at] += statistic.count * cost
-    seen = {consumer.name: inputs[consumer.name] for consumer in part.fold.consumers if consumer.name in inputs}
-    return Levels(block, part, counts, keeps, [cost / total if total else 0.0 for cost in costs], how[1], seen)
