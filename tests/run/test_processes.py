@@ -79,7 +79,7 @@ MORE: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         *("llama", "magnitude", "block"),
         {"remove": "channels=0.33,heads=0.5", "align": 16, "allocation": "error", "pattern": "2:4"},
     ),
-    "a size": ("llama", "magnitude", "block", {"remove": "size=0.3", "align": 16}),
+    "a size": ("llama", "wanda", "block", {"remove": "size=0.2", "align": 16}),
     # Half of the samples have no counted token.
     "generated": ("mixtral", "sparsegpt", "sequential", {"calibrate_on": "generated", "evaluate": False}),
 }

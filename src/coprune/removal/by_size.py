@@ -128,7 +128,7 @@ def mixes_for(counted: Counted, parts: Mapping[str, Sequence[Part]], most: int, 
 def with_more_blocks(
     counted: Counted, parts: Mapping[str, Sequence[Part]], most: int, align: int, first: Mix
 ) -> list[Mix]:
-    """Return a few mixes with ever more blocks and fewer channels than the first, up to blocks alone.
+    """Return a few mixes with ever more blocks and fewer channels than the first; the last has no channels if possible.
 
     Of neighbouring ones that which leaves the most is taken, since widths come in coarse steps. Arguments as in `mixes_for`.
     """
@@ -143,8 +143,10 @@ def with_more_blocks(
         before = mix.keep
         if not before:
             break
-    step = max(1, -(-len(found) // _OTHERS))
-    return [max(found[at : at + step], key=lambda mix: mix.left) for at in range(0, len(found), step)]
+    between, last = found[:-1], found[-1:]
+    step = max(1, -(-len(between) // (_OTHERS - len(last))))
+    stretches = (between[at : at + step] for at in range(0, len(between), step))
+    return [*(max(own, key=lambda mix: mix.left) for own in stretches), *last]
 
 
 def _least(counted: Counted, offered: Mapping[Removable, Sequence[Level]], most: int) -> dict[Removable, Level] | None:
