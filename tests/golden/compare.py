@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coprune.pruning.methods.wanda_variant import TOLERANCE as SEARCH_TOLERANCE
 from golden.arithmetic import arithmetic
 from golden.measure import Figures
 
 FILE = Path(__file__).with_name("figures.json")
 
 # Under another arithmetic. Methods that update weights as they go are chaotic in the last bits of their sums: between
-# instruction sets, with and without kernels, layer errors of ALPS differed by 0.4 % and its perplexities by 3.5 %.
-ERROR_TOLERANCE = 0.02
-PERPLEXITY_TOLERANCE = 0.1
+# instruction sets, with and without kernels, layer errors of ALPS differed by 0.4 % and its perplexities by 3.5 %. Of a
+# model that says noise, at 10^8, the perplexity differed by 28 %, which is 1.8 % of the nats per token.
+TOLERANCE = 0.02
+SEARCHED = "wanda_variant 50%"
+"""Rows whose sparsity is not computed but found, by a search that ends at the first one that is near enough."""
 BY = "by"
 """Field with the arithmetic of a row."""
 
@@ -64,8 +67,8 @@ class Golden:
         here, there = arithmetic(), self.arithmetics[self.rows[name][BY]]
         other = ", ".join(f"{key} {value}, here {here[key]}" for key, value in there.items() if here[key] != value)
         return (
-            f"another arithmetic ({other}), so sparsity counts exactly, layer errors within {ERROR_TOLERANCE:.0%} and "
-            f"perplexities within {PERPLEXITY_TOLERANCE:.0%}"
+            f"another arithmetic ({other}), so sparsity counts exactly unless it is searched, layer errors and nats per "
+            f"token within {TOLERANCE:.0%}"
         )
 
     def differences(self, name: str, found: Figures) -> list[str]:
@@ -76,7 +79,7 @@ class Golden:
         return [
             f"{key}: golden {golden.get(key)!r}, now {found.get(key)!r}"
             for key in {**golden, **found}
-            if key != BY and not _same(key, golden.get(key), found.get(key), exact)
+            if key != BY and not _same(key, golden.get(key), found.get(key), exact, SEARCHED in name)
         ]
 
 
@@ -84,12 +87,14 @@ def _checksum_of(made: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _same(key: str, golden: Any, found: Any, exact: bool) -> bool:
-    if exact or golden is None or found is None or key in ("sparsity", "matrices", "refused"):
+def _same(key: str, golden: Any, found: Any, exact: bool, searched: bool) -> bool:
+    if exact or golden is None or found is None or key in ("matrices", "refused"):
         return bool(golden == found)
+    if key == "sparsity":
+        return math.isclose(golden, found, rel_tol=0, abs_tol=SEARCH_TOLERANCE if searched else 0)
     if key in ("masks", "weights", "events"):
         return True
-    tolerance = ERROR_TOLERANCE if key == "error" else PERPLEXITY_TOLERANCE
+    shown = math.log if key == "perplexity" else float
     return len(golden) == len(found) and all(
-        math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-9) for a, b in zip(golden, found, strict=True)
+        math.isclose(shown(a), shown(b), rel_tol=TOLERANCE, abs_tol=1e-9) for a, b in zip(golden, found, strict=True)
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from golden.compare import Golden
+from golden.arithmetic import arithmetic
+from golden.compare import BY, Golden
 from golden.measure import Workbench, has_real_model, needs_real_model
 from golden.rows import PICO, Row, all_rows
 
@@ -55,6 +56,35 @@ def test_golden_comparison_is_exact_where_arithmetic_is_the_same(golden: Golden)
     assert golden.differences(name, worse)
     assert golden.differences(name, {"refused": "no"})
     assert golden.differences("llama of nowhere", changed)
+
+
+def by_another_arithmetic(golden: Golden, name: str) -> tuple[Golden, Any]:
+    figures = golden.rows[name]
+    elsewhere = {"elsewhere": {**arithmetic(), "operations": "others"}}
+    return Golden(elsewhere, {name: {**figures, BY: "elsewhere"}}), figures
+
+
+def test_sparsity_counts_under_another_arithmetic_unless_it_is_searched(golden: Golden) -> None:
+    for name, less, same in (
+        ("gpt2 wanda_variant 50% sequential", 0.0002, True),
+        ("gpt2 wanda_variant 50% sequential", 0.0011, False),
+        ("gpt2 wanda 50% sequential", 0.0002, False),
+    ):
+        elsewhere, figures = by_another_arithmetic(golden, name)
+        found = {**figures, "sparsity": figures["sparsity"] - less}
+        assert bool(elsewhere.differences(name, found)) != same
+
+
+def test_perplexities_count_in_nats_under_another_arithmetic(golden: Golden) -> None:
+    for name, factor, same in (
+        ("smollm2-blocks ablate_mag_iter 2:4 sequential", 0.72, True),
+        ("smollm2-blocks ablate_mag_iter 2:4 sequential", 0.66, False),
+        ("llama wanda 50% block", 0.92, True),
+        ("llama wanda 50% block", 0.88, False),
+    ):
+        elsewhere, figures = by_another_arithmetic(golden, name)
+        found = {**figures, "perplexity": [factor * one for one in figures["perplexity"]]}
+        assert bool(elsewhere.differences(name, found)) != same
 
 
 def test_rows_made_here_are_exact_and_other_rows_stay(golden: Golden) -> None:
