@@ -19,6 +19,7 @@ from coprune.fitting.fit_notes import Asked
 from coprune.gguf_files.converter import SCRIPT, find_converter
 from coprune.model.checkpoint.load import load_model, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, locate
+from coprune.model.removed import MappedBlocks, SmallerModel
 from coprune.report.run_folder import model_of
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import listing, save
@@ -98,7 +99,7 @@ def test_a_smaller_folder_is_exported_with_its_source_as_template(place: Path, t
     coprune.prune(dense, remove="channels=0.34,blocks=0.34", save_model=small, **PRUNING)
     made = coprune.export(small, tmp_path / "made.gguf", converter=place / "llama.cpp", quiet=True)
     assert same_logits(small, made.path)
-    assert len(made.removed) == 1
+    assert [type(one) for one in made.removed] == [MappedBlocks, SmallerModel]
     shutil.rmtree(dense)  # so that the smaller folder itself is converted
     made = coprune.export(small, tmp_path / "again.gguf", converter=place / "llama.cpp", quiet=True)
     assert same_logits(small, made.path)
