@@ -29,7 +29,7 @@ from coprune.removal.unit_scores import score_named
 from coprune.run.calibrating import first_batches
 from coprune.run.context import Run
 
-_SEEN, _COMPARED = 8192, 2048
+_SEEN, _COMPARED = 4096, 2048
 """Minimum number of tokens on which channels are refitted, and of others on which distributions are compared."""
 
 
