@@ -56,7 +56,7 @@ def copying(place: Path) -> Path:
 def test_smaller_vocabularies_and_fewer_channels_are_tried_and_can_be_rebuilt(
     place: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coprune.fitting.search._DISTILLED", (1024, 2048))
+    monkeypatch.setattr("coprune.fitting.budget.DISTILLED", (1024, 2048))
     settings = how(place, without="experts,blocks", types="q8_0", budget="24h")
     found = coprune.fit(copying, place / "text.txt", "bits<=dense*2.5", output=tmp_path / "small", **settings)
     assert found.kept
@@ -192,7 +192,7 @@ def test_a_folder_is_fitted_for_transformers(
     place: Path, copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every kind of change is tried; the chosen folder loads with the measured figures and can be rebuilt."""
-    monkeypatch.setattr("coprune.fitting.search._DISTILLED", (1024, 2048))
+    monkeypatch.setattr("coprune.fitting.budget.DISTILLED", (1024, 2048))
     settings = how(place, without="blocks,experts", budget="24h", runtime="transformers")
     del settings["types"]
     found = coprune.fit(copying, place / "text.txt", "bits<=dense*2.5", output=tmp_path / "small", **settings)
@@ -275,6 +275,27 @@ def test_the_given_file_is_returned_if_nothing_smaller_is_proven(place: Path, tm
     assert remake(tmp_path / "out" / RECIPE_FILE, tmp_path / "again", quiet=True).read_bytes() == small.read_bytes()
 
 
+def test_quants_larger_than_the_given_file_are_not_made_for_the_proof(place: Path, tmp_path: Path) -> None:
+    coprune.export(place / "model.gguf", tmp_path / "given.gguf", type="q4_1")
+    settings = how(place, types="q8_0,q4_1,q4_0", without=f"{WITHOUT},embedding", budget="24h")
+    task, output = place / "text.txt", tmp_path / "out"
+    found = coprune.fit(tmp_path / "given.gguf", task, "bits<=dense*1.5", output=output, **settings)
+    tried = {row.name for row in found.rows}
+    assert "q4_1" in tried
+    assert "q8_0" not in tried
+
+
+def test_a_type_that_is_slow_to_make_leaves_the_time_to_others(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coprune.fitting.search.Search._has_time", lambda self, one: not one.type.startswith("iq"))
+    settings = how(place, types="q8_0,iq4_nl,q4_0", without=f"{WITHOUT},embedding", budget="24h")
+    task, output = place / "text.txt", tmp_path / "out"
+    found = coprune.fit(place / "model.gguf", task, "bits<=dense*1.5", output=output, **settings)
+    assert found.kept
+    assert "q4_0" in {row.name for row in found.rows}
+
+
 def test_untried_candidates_are_listed_with_the_command_for_more_time(place: Path, tmp_path: Path) -> None:
     items, text = place / "text.txt", str(place / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
@@ -291,7 +312,7 @@ def test_a_skipped_distillation_is_named_and_done_with_more_time(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found(tokens: int) -> Any:
-        monkeypatch.setattr("coprune.fitting.search._DISTILLED", (tokens, tokens))
+        monkeypatch.setattr("coprune.fitting.budget.DISTILLED", (tokens, tokens))
         settings = how(place, types="q8_0", without="vocabulary,blocks,embedding,mixed", budget="24h")
         task, output = place / "text.txt", tmp_path / "out"
         return coprune.fit(place / "model.gguf", task, "bits<=dense*1.1", output=output, **settings)

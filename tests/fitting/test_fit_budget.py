@@ -98,7 +98,7 @@ def test_a_budget_too_short_for_a_proof_is_refused_before_the_search(opened: Ope
         Budget(opened(tasks), 0.5, 1).carried({tasks[0].key: 1000})
 
 
-def test_a_mixture_with_an_i_quant_is_expected_to_take_as_long_as_one(opened: Opening, tmp_path: Path) -> None:
+def test_making_is_expected_to_take_as_long_as_rounding_to_the_types(opened: Opening, tmp_path: Path) -> None:
     workshop = opened(text_task(tmp_path, 40))
     tried = [plain := Candidate(DENSE, "q4_k_m")]
     workshop.making.done.complete(workshop.making.key("quant", plain), Done(), 2.0)
@@ -107,8 +107,9 @@ def test_a_mixture_with_an_i_quant_is_expected_to_take_as_long_as_one(opened: Op
         types = tuple((f"blk.{number}.ffn_up.weight", kind) for number, kind in enumerate(kinds))
         return Budget(workshop, 60.0, 1).expected(Candidate(DENSE, type, types=types), tried)
 
-    assert seconds("q6_k") == seconds(MIXED, "q6_k", "q4_k") == 2.0
-    assert seconds("iq3_xxs") == seconds(MIXED, "q6_k", "iq3_xxs") > 2.0
+    assert seconds("q4_k_s") == 2.0
+    assert seconds("q6_k") == seconds(MIXED, "q6_k", "q6_k") < seconds(MIXED, "q6_k", "q4_k") < 2.0
+    assert seconds("iq3_xxs") > seconds(MIXED, "q6_k", "iq3_xxs") > 2.0
 
 
 def test_a_short_fit_calibrates_on_its_items_only(

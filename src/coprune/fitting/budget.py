@@ -17,6 +17,8 @@ from coprune.fitting.fit_notes import Sizes, noted
 from coprune.fitting.score import ANSWER_TOKENS
 from coprune.fitting.tasks import LEAST_HALF, Task
 from coprune.fitting.workshop import Workshop
+from coprune.gguf_files.llama_cpp import tensor_kind
+from coprune.gguf_files.types_by_tensor import seconds_to_round
 from coprune.store.notes import write_note
 
 EXACT_DENSE = Candidate(DENSE, EXACT)
@@ -24,10 +26,12 @@ _TRAINING_COST = 4.0
 """Time per token of training relative to reading: two models forward, one backward, in float32."""
 _READING, _OWN = 0.1, 0.05
 """Shares of the budget for reading all items with the dense model, and for generating its own text."""
+_DISTILLED_SHARE = 0.3
+"""Share of the remaining budget for one distillation."""
+DISTILLED = (8_192, 262_144)
+"""Minimum and maximum tokens of a distillation."""
 _PROBED = 4
 """Items of a task that are timed before the number of items is chosen."""
-_SLOW = 8.0
-"""Time of making an i-quant relative to other types, until one was made."""
 
 
 class Paces(BaseModel):
@@ -64,7 +68,7 @@ class Budget:
         return time.perf_counter() + self.left - proof
 
     @property
-    def reads(self) -> float:
+    def _reads(self) -> float:
         """Training speed in tokens per second."""
         return self._workshop.known(EXACT_DENSE).speed / _TRAINING_COST
 
@@ -72,26 +76,47 @@ class Budget:
     def _half(self) -> float:
         return self._workshop.known(EXACT_DENSE).seconds / 2
 
-    def proof(self, candidates: int) -> float:
-        """Return an upper bound on the seconds of the final test: the dense model's time on that half, plus writing."""
-        return candidates * self._half + self._workshop.making.took_to_make(EXACT_DENSE)
+    def _reading(self, candidate: Candidate) -> float:
+        """Return the expected seconds of measuring one half: by the items measured so far, at most those of the dense model."""
+        known, dense = (self._workshop.known(one) for one in (candidate, EXACT_DENSE))
+        counts = [known.items(task) for task in self._workshop.asked.tasks]
+        if not any(counts):
+            return self._half
+        half = sum(map(dense.items, self._workshop.asked.tasks)) / 2
+        return min(self._half, known.seconds * half / sum(counts))
+
+    def proof(self, candidates: Sequence[Candidate]) -> float:
+        """Return the expected seconds of the final test of some candidates, and of writing the result."""
+        return sum(map(self._reading, candidates)) + self._workshop.making.took_to_make(EXACT_DENSE)
 
     def expected(self, candidate: Candidate, tried: Sequence[Candidate]) -> float:
         """Return the expected seconds of making and measuring a candidate, from candidates tried or from the dense model."""
-        workshop = self._workshop
+        workshop, made = self._workshop, 0.0
         own = [one for one in tried if one.type != FOREIGN]
-        slow = [one for one in own if _is_slow(one) == _is_slow(candidate)]
-        made = fmean([workshop.making.took_to_make(one) for one in slow or own] or [0.0])
-        if not slow and _is_slow(candidate):
-            made *= _SLOW
-        made = 0.0 if candidate.type == FOREIGN else made
-        read = max(self._half, fmean([workshop.known(one).seconds for one in tried] or [0.0]))
+        if own and candidate.type != FOREIGN:
+            longest = max(own, key=workshop.making.took_to_make)
+            made = workshop.making.took_to_make(longest) * _work(candidate) / _work(longest)
+        read = max(map(self._reading, tried), default=self._half)
         if candidate.cut == DENSE:
             return made + read
         cut = 0.0 if workshop.making.is_made(candidate.cut) else workshop.making.expected_to_cut(candidate.cut)
         continued = 2 * ANSWER_TOKENS * sum(len(task.seen) for task in workshop.asked.writing)
         tokens = _TRAINING_COST * candidate.cut.tokens + continued
         return made + read + cut + tokens / workshop.known(EXACT_DENSE).speed
+
+    def distilled(self) -> int:
+        """Return the number of tokens for distillation that fits the budget, or that of an earlier call; 0 if too few fit.
+
+        It is estimated from the dense model's reading speed and rounded down to a power of two, so that a few seconds more
+        or less do not change it.
+        """
+        file = self._workshop.folder / "text" / "distilled.json"
+        if tokens := noted(file, Sizes, {}).get("tokens", 0):
+            return tokens
+        carried, (least, most) = _DISTILLED_SHARE * self.left * self._reads, DISTILLED
+        found = 0 if carried < least else min(most, 1 << (int(carried).bit_length() - 1))
+        write_note(file, Sizes({"tokens": found}))
+        return found
 
     def refuse(self, seconds: float) -> None:
         """Raise BadInput if the budget is too short for the next required work. seconds: of that work."""
@@ -175,6 +200,8 @@ def _first(task: Task, count: int) -> Task:
     return replace(task, seen=of(task.seen), unseen=of(task.unseen))
 
 
-def _is_slow(candidate: Candidate) -> bool:
-    """Return whether a candidate has i-quants, for all or for some tensors."""
-    return any(kind.startswith("iq") for kind in (candidate.type, *dict(candidate.types).values()))
+def _work(candidate: Candidate) -> float:
+    """Return the mean time that a processor needs to quantise a weight to a candidate's types."""
+    if candidate.type == EXACT:
+        return 1.0
+    return fmean(seconds_to_round(kind) for kind in dict(candidate.types).values() or (tensor_kind(candidate.type),))

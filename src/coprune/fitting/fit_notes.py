@@ -141,6 +141,10 @@ class Measured(BaseModel):
         found = self.scores[task.key][metric]
         return [found[place] for place in places]
 
+    def items(self, task: Task) -> int:
+        """Return the number of a task's items with a score."""
+        return max(map(len, self.scores.get(task.key, {}).values()), default=0)
+
     def missing(self, task: Task, places: Sequence[int]) -> list[int]:
         """Return the indices of items without a score."""
         own = self.scores.get(task.key, {})

@@ -11,7 +11,7 @@ from typing import Literal
 
 from coprune.base.errors import BadInput, CopruneError
 from coprune.evaluation.bounds import LEAST_ITEMS, Share
-from coprune.fitting.budget import EXACT_DENSE, Budget
+from coprune.fitting.budget import DISTILLED, EXACT_DENSE, Budget
 from coprune.fitting.candidates import (
     AS_GIVEN,
     DENSE,
@@ -24,8 +24,8 @@ from coprune.fitting.candidates import (
     Cut,
 )
 from coprune.fitting.finding import Finding, Wish
-from coprune.fitting.fit_notes import Looks, Measured, Sizes, noted
-from coprune.fitting.made_model import is_file_of
+from coprune.fitting.fit_notes import Looks, Measured, noted
+from coprune.fitting.made_model import bytes_in, is_file_of
 from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few
 from coprune.fitting.score import DENSE_SOUND, answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
@@ -42,10 +42,6 @@ _FIRST = "q4_k_m"
 _ALIGN = 64
 _GAIN = 0.01
 """Minimum relative saving over the given model; with less, the given model is returned."""
-_DISTILLED_SHARE = 0.3
-"""Share of the remaining budget for one distillation."""
-_DISTILLED = (8_192, 262_144)
-"""Minimum and maximum tokens of a distillation."""
 
 
 class Search:
@@ -123,7 +119,7 @@ class Search:
 
     def _has_time(self, candidate: Candidate) -> bool:
         """Return whether the budget has time for a candidate and for the final test afterwards."""
-        proof = self.budget.proof(len(_chain([*self._all_kept, candidate])))
+        proof = self.budget.proof(_chain([*self._all_kept, candidate]))
         enough = self.budget.expected(candidate, [*self.tried]) + proof <= self.budget.left
         return not self.tried or enough or not self._is_new(candidate, self._seen())
 
@@ -137,7 +133,7 @@ class Search:
             if self._team.alone:
                 # Once a candidate has passed, time is reserved to prove it.
                 kept = self._all_kept
-                until = self.budget.until(self.budget.proof(len(_chain(kept)))) if kept else math.inf
+                until = self.budget.until(self.budget.proof(_chain(kept))) if kept else math.inf
                 self.workshop.measure(candidate, wanted, until)
             else:
                 self._team.measure(self.workshop, anew, wanted)
@@ -241,8 +237,8 @@ class Search:
     ) -> None:
         """Find the cheapest candidate of a pool that meets all requirements, by binary search.
 
-        Only candidates cheaper than the best so far are measured. When time runs out the search of this pool ends; the next,
-        cheaper pools may still fit.
+        Only candidates cheaper than the best so far are measured, and only those that the time left suffices for. When time runs
+        out the search of this pool ends; the next, cheaper pools may still fit.
 
         Args:
             pool: descending in size; a smaller candidate is assumed to be no better.
@@ -263,8 +259,9 @@ class Search:
             elif self._has_time(candidate):
                 ahead = [left[next] for next in places_ahead(low, place, high, self._team.count)[1:]]
                 said = self._tried_on(candidate, best, ahead)
-            else:
-                said = "late"
+            else:  # others of the pool may be made faster: i-quants take several times as long
+                self.untried.append(candidate)
+                said = "skipped"
             if said == "late":
                 self.untried += [candidate, *(other for other in left[low:high] if other != candidate)]
                 lost += [candidate] if self.tried.pop(candidate, None) else []
@@ -275,7 +272,7 @@ class Search:
                 self._kept = sorted([*self._kept, candidate], key=self.cost, reverse=True)
             elif candidate not in self._kept:
                 lost.append(candidate)
-            if said == "refused":
+            if said in ("refused", "skipped"):
                 del left[place]
                 high -= 1
             elif said == "lost":
@@ -363,7 +360,7 @@ class Search:
         """Return variants with types by tensor that are smaller than the best; if there are none, smaller embeddings."""
         found = list[Candidate]()
         if "mixed" not in self.wish.without and base.type != EXACT:
-            if has_time(self.workshop, self.budget, self._kept[0]):
+            if has_time(self.workshop, self.budget):
                 found = mixtures(self.workshop, base.cut)
             else:
                 self.untried.append(Candidate(DENSE, MIXED))
@@ -395,44 +392,31 @@ class Search:
         asked = [one for one in amounts if one.partition("=")[0] not in left_out]
         if not asked or not self._can_cut:
             return []
-        tokens = 0 if self.untried else self._distilled()  # slower than what already had no time
-        found = [base.of(Cut((*base.cut.removed, one), tokens or _DISTILLED[0])) for one in asked]
+        tokens = 0 if self.untried else self.budget.distilled()  # slower than what already had no time
+        found = [base.of(Cut((*base.cut.removed, one), tokens or DISTILLED[0])) for one in asked]
         if not tokens:
             self.untried += found
             return []
-        return found
-
-    def _distilled(self) -> int:
-        """Return the number of tokens for distillation that fits the budget, or that of an earlier call; 0 if too few fit.
-
-        It is estimated from the dense model's reading speed and rounded down to a power of two, so that a few seconds more
-        or less do not change it.
-        """
-        file = self.workshop.folder / "text" / "distilled.json"
-        if tokens := noted(file, Sizes, {}).get("tokens", 0):
-            return tokens
-        carried, (least, most) = _DISTILLED_SHARE * self.budget.left * self.budget.reads, _DISTILLED
-        found = 0 if carried < least else min(most, 1 << (int(carried).bit_length() - 1))
-        write_note(file, Sizes({"tokens": found}))
         return found
 
     def _proven(self) -> Finding:
         """Test candidates that passed on the seen half on the unseen one, in order of confidence, until one fails.
 
         Since the seen half alone decides the order, each is tested at the full level, and still at most one in twenty searches
-        ends with a model that misses a requirement (fixed-sequence testing). The largest quant is tested first. Candidates
-        that no longer fit the budget are skipped, whatever the verdicts so far.
+        ends with a model that misses a requirement (fixed-sequence testing). The largest quant is tested first, if it is not
+        larger than the given file. Candidates that no longer fit the budget are skipped, whatever the verdicts so far.
         """
         unseen = {task.name: [*task.unseen] for task in self.tasks}
         surest, least = self._surest(), _chain(self._all_kept)
         # Where the largest quant loses, only what needs no quant of the dense model is kept.
-        first = [one for one in self._plain()[:1] if not least or one not in self._lost]
+        plain = [one for one in self._plain() if not self._is_useless(one)]
+        first = [one for one in plain[:1] if not least or one not in self._lost]
         chain = [*dict.fromkeys([*first, *surest])]
         judged: dict[Candidate, list[Held]] = {}
         passed, unproven = list[Candidate](), list[Candidate]()
         for place, candidate in enumerate(chain):
             asked = unseen | self._continued("unseen", candidate.cut)
-            after = self.budget.proof(1 + sum(one in least for one in chain[place + 1 :]))
+            after = self.budget.proof([candidate, *(one for one in chain[place + 1 :] if one in least)])
             made = 0.0 if candidate in self.tried else self.budget.expected(candidate, [*self.tried])
             late = made + after > self.budget.left
             if surest and late and candidate not in least and self._is_new(candidate, asked):
@@ -458,10 +442,8 @@ class Search:
     def _surest(self) -> list[Candidate]:
         """Order candidates by their confidence on the seen half; each is as safe as any that is reduced more, even if untried."""
         plain = self._plain()
-        types, pool = (
-            [one.type for one in plain],
-            [*self._kept, *(one for one in plain if one not in self.tried)],
-        )
+        types = [one.type for one in plain]
+        pool = [*self._kept, *(one for one in plain if one not in self.tried and not self._is_useless(one))]
         safe = {one: [self._safety[other] for other in self._kept if one.spares(other, types)] for one in pool}
         safe |= {one: [self._safety[one]] for one in self._kept_elsewhere}
         sizes = {one: self.workshop.known(one).bytes or self.workshop.bytes_of(one) for one in safe if safe[one]}
@@ -469,6 +451,13 @@ class Search:
         # Files that cannot win are tested last, so that their failure does not end the sequence before the others.
         dear = [one for one in self._kept_elsewhere if self._kept and self.cost(one) >= self.cost(self._kept[-1])]
         return [*(one for one in found if one not in dear), *(one for one in found if one in dear)]
+
+    def _is_useless(self, candidate: Candidate) -> bool:
+        """Return whether a quant is larger than the given file, so that proving it would prove nothing that is asked."""
+        making = self.workshop.making
+        if self.wish.target != "size" or not is_file_of(making.source, self.workshop.asked.runtime):
+            return False
+        return self.workshop.bytes_of(candidate) > (1 + _GAIN) * bytes_in(making.file(AS_GIVEN))
 
     def _looks(self, judged: list[str]) -> int:
         """Record that the unseen half has judged these candidates by these conditions, and count such records.

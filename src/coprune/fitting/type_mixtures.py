@@ -7,19 +7,16 @@ import math
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.fitting.budget import Budget
 from coprune.fitting.candidates import BITS, MIXED, Candidate, Cut
-from coprune.fitting.making import MIXED_SAMPLES, SEQLEN
 from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.types_by_tensor import Losses, choose
 
-_SHARE = 0.25
+_SHARE = 0.4
 """Maximum share of the remaining budget for measuring the losses of types."""
 
 
-def has_time(workshop: Workshop, budget: Budget, quant: Candidate) -> bool:
-    """Return whether the budget has time to measure the losses of types. quant: one already made."""
-    # Reading whole samples takes less than half the time of reading token by token.
-    seconds = MIXED_SAMPLES * SEQLEN / (2 * budget.reads) + workshop.making.took_to_make(quant)
-    return workshop.knows_losses or seconds <= _SHARE * budget.left
+def has_time(workshop: Workshop, budget: Budget) -> bool:
+    """Return whether the budget has time to measure the losses of types."""
+    return workshop.knows_losses or workshop.making.expected_losses() <= _SHARE * budget.left
 
 
 def mixtures(workshop: Workshop, cut: Cut) -> list[Candidate]:

@@ -129,6 +129,14 @@ def planned_types(source: Path, asked: Quantisation) -> dict[str, int]:
     return {name: type_number(type) for name, type in _TYPE.findall(said)}
 
 
+def tensor_kind(name: str) -> str:
+    """Return the type that a file type such as q4_k_m or iq3_m has for most of its tensors."""
+    from gguf import GGMLQuantizationType
+
+    stem = name.rpartition("_")[0]
+    return next(one for one in (name, stem, f"{stem}_s") if one.upper() in GGMLQuantizationType.__members__)
+
+
 def type_number(name: str) -> int:
     """Return ggml's number of a tensor type such as q4_0."""
     return int(_library()[0].typeof("enum ggml_type").relements[f"GGML_TYPE_{name.upper()}"])

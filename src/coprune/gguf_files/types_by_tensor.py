@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import heapq
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,8 @@ TENSOR_TYPES = (*_BY_32, *_BY_256)
 """Types to choose from, for rows that are multiples of 32, and of 256."""
 _PART, _LEAST = 64, 64
 """Share of rows (one in this many) rounded to measure errors, and their minimum number."""
+_TIMED = (64, 1024)
+"""Shape of the matrix on which types are timed."""
 
 Losses = Mapping[str, Mapping[str, tuple[int, float]]]
 """By the tensor's name and the type: its bytes and its contribution to the loss."""
@@ -65,6 +68,24 @@ def losses_of(
                 found[tensor.name] = {kind: (encoded_bytes((rows, width), kind)[0], loss) for kind, loss in own.items()}
             advance(1)
     return found
+
+
+def expected_seconds(file: Path) -> float:
+    """Return the expected seconds of `losses_of` for a 16-bit file."""
+    shapes = [[int(size) for size in one.shape] for one in gguf_reader(file, field="model").tensors]
+    weights = sum(shape[0] * max(_LEAST, shape[1] // _PART) for shape in shapes if len(shape) == 2)
+    return weights * sum(map(seconds_to_round, TENSOR_TYPES))
+
+
+@cache
+def seconds_to_round(kind: str) -> float:
+    """Return the seconds of one processor to quantise a weight to a type, measured on a few."""
+    values = torch.randn(_TIMED, generator=torch.Generator().manual_seed(0))
+    means = torch.ones(_TIMED[1])
+    rounded(values, kind, means)  # the first call makes tables
+    started = time.process_time()
+    rounded(values, kind, means)
+    return (time.process_time() - started) / values.numel()
 
 
 def _sampled(sensitivity: Tensor, count: int) -> tuple[Tensor, Tensor]:
