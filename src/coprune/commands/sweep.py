@@ -74,7 +74,8 @@ def sweep(
         show("\n".join(found.commands))
         said = ({"script": script} if script else {}) | typed
         named = [] if file is None else [file]
-        show_next(("run them: ", Command("sweep", *named, *(Set(name, value) for name, value in said.items()))))
+        run = Command("sweep", *named, *(Set(name, value) for name, value in said.items()))
+        show_next(("run them: ", run), apart=True)
     else:
         _show(found)
 

@@ -43,9 +43,9 @@ def show(text: str) -> None:
     typer.echo(printable(text))
 
 
-def show_next(words: Words) -> None:
-    """Print what to type next, as the last line."""
-    show(f"next      {say(words)}")
+def show_next(words: Words, apart: bool = False) -> None:
+    """Print what to type next, as the last line; on standard error if it is apart from a result that may be piped on."""
+    (tell if apart else show)(f"next      {say(words)}")
 
 
 def tell(text: str) -> None:
