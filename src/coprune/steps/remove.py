@@ -101,12 +101,18 @@ def remove(run: Run) -> Result:
 
 def _plan(run: Run) -> None:
     may_go = find_removable(run)
-    model_type = run.loaded.model.config.model_type
-    if not run.recipe.output.as_gguf and (told := refusals(model_type, run.removal.kinds)) is not None:
-        run.reporter.say(told)
+    if not may_go.mixes:
+        _say_refused(run)
     run.change = partial(remove_parts, found=may_go)
     if run.first and (file := cut_of(run, may_go.routers(run.model.blocks))) is not None:
         run.write_gguf = file.cut
+
+
+def _say_refused(run: Run) -> None:
+    """Report the runtimes that cannot read the family's models without the parts that go."""
+    told = refusals(run.loaded.model.config.model_type, run.removal.kinds)
+    if told is not None and not run.recipe.output.as_gguf:
+        run.reporter.say(told)
 
 
 def remove_parts(run: Run, found: Removable) -> Outcome:
@@ -122,6 +128,8 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
     model, output, started = run.model, run.output, time.perf_counter()
     finished = output.finished()
     plan, configure = _planned(run, found)
+    if found.mixes:  # which parts go is known only now
+        _say_refused(run)
     run.reporter.say(f"Removing {configure.removed.line()}.")
     experts, covered = choose_experts(run, plan.mixtures, plan.experts) if plan.mixtures else ({}, {})
     maps = find_maps(run, plan, finished)
