@@ -30,6 +30,8 @@ _DISTILLED_SHARE = 0.3
 """Share of the remaining budget for one distillation."""
 DISTILLED = (8_192, 262_144)
 """Minimum and maximum tokens of a distillation."""
+_GRIDS = 2.0
+"""Time of types with a grid on weights, relative to random numbers."""
 _PROBED = 4
 """Items of a task that are timed before the number of items is chosen."""
 
@@ -204,4 +206,5 @@ def _work(candidate: Candidate) -> float:
     """Return the mean time that a processor needs to quantise a weight to a candidate's types."""
     if candidate.type == EXACT:
         return 1.0
-    return fmean(seconds_to_round(kind) for kind in dict(candidate.types).values() or (tensor_kind(candidate.type),))
+    kinds = dict(candidate.types).values() or (tensor_kind(candidate.type),)
+    return fmean(seconds_to_round(kind) * (_GRIDS if kind.startswith(("iq1", "iq2", "iq3")) else 1.0) for kind in kinds)
