@@ -44,6 +44,7 @@ def compare(
     with importing():
         from coprune.base.files import require_file, write_text
         from coprune.commands.terminal import end_unless_held, print_sheet
+        from coprune.model.checkpoint.locate import locates_gguf
         from coprune.sweeps.model_comparison import compare
 
     for field, file in (("json", json_file), ("csv", csv_file), ("markdown", markdown_file), ("page", page_file)):
@@ -69,5 +70,5 @@ def compare(
         show(f"page      {page_file}")
     last = models[-1]
     export: Words = ("for llama.cpp and Ollama: ", Command("export", last, "OUT.gguf", Set("type", "q8_0")))
-    show_next(("measure their speed here: ", Command("bench", *models)) if last.endswith(".gguf") else export)
+    show_next(("measure their speed here: ", Command("bench", *models)) if locates_gguf(last) else export)
     end_unless_held(one for _, one in required)

@@ -25,7 +25,7 @@ from coprune.fitting.candidates import (
 )
 from coprune.fitting.finding import Finding, Wish
 from coprune.fitting.fit_notes import Looks, Measured, noted
-from coprune.fitting.made_model import bytes_in, is_file_of
+from coprune.fitting.made_model import is_file_of
 from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few
 from coprune.fitting.score import DENSE_SOUND, answer_text
 from coprune.fitting.tasks import METRICS_OF, Task
@@ -348,6 +348,13 @@ class Search:
         """Return the quants of the dense model, descending in size."""
         return sorted((Candidate(DENSE, one) for one in self.wish.types), key=self.workshop.bytes_of, reverse=True)
 
+    def _worth_proving(self) -> list[Candidate]:
+        """Return the quants that are no larger than the given file, which is the result if nothing smaller is proven."""
+        if self.wish.target != "size" or not is_file_of(self.workshop.making.source, self.workshop.asked.runtime):
+            return self._plain()
+        most = (1 + _GAIN) * self.workshop.bytes_of(AS_GIVEN)
+        return [one for one in self._plain() if self.workshop.bytes_of(one) <= most]
+
     def _embeddings(self, base: Candidate) -> list[Candidate]:
         """Return the variants with embeddings in fewer bits that are smaller than `base`, descending in size."""
         if "embedding" in self.wish.without or base.type in (EXACT, MIXED):
@@ -409,8 +416,7 @@ class Search:
         unseen = {task.name: [*task.unseen] for task in self.tasks}
         surest, least = self._surest(), _chain(self._all_kept)
         # Where the largest quant loses, only what needs no quant of the dense model is kept.
-        plain = [one for one in self._plain() if not self._is_useless(one)]
-        first = [one for one in plain[:1] if not least or one not in self._lost]
+        first = [one for one in self._worth_proving()[:1] if not least or one not in self._lost]
         chain = [*dict.fromkeys([*first, *surest])]
         judged: dict[Candidate, list[Held]] = {}
         passed, unproven = list[Candidate](), list[Candidate]()
@@ -441,9 +447,8 @@ class Search:
 
     def _surest(self) -> list[Candidate]:
         """Order candidates by their confidence on the seen half; each is as safe as any that is reduced more, even if untried."""
-        plain = self._plain()
-        types = [one.type for one in plain]
-        pool = [*self._kept, *(one for one in plain if one not in self.tried and not self._is_useless(one))]
+        types = [one.type for one in self._plain()]
+        pool = [*self._kept, *(one for one in self._worth_proving() if one not in self.tried)]
         safe = {one: [self._safety[other] for other in self._kept if one.spares(other, types)] for one in pool}
         safe |= {one: [self._safety[one]] for one in self._kept_elsewhere}
         sizes = {one: self.workshop.known(one).bytes or self.workshop.bytes_of(one) for one in safe if safe[one]}
@@ -451,13 +456,6 @@ class Search:
         # Files that cannot win are tested last, so that their failure does not end the sequence before the others.
         dear = [one for one in self._kept_elsewhere if self._kept and self.cost(one) >= self.cost(self._kept[-1])]
         return [*(one for one in found if one not in dear), *(one for one in found if one in dear)]
-
-    def _is_useless(self, candidate: Candidate) -> bool:
-        """Return whether a quant is larger than the given file, so that proving it would prove nothing that is asked."""
-        making = self.workshop.making
-        if self.wish.target != "size" or not is_file_of(making.source, self.workshop.asked.runtime):
-            return False
-        return self.workshop.bytes_of(candidate) > (1 + _GAIN) * bytes_in(making.file(AS_GIVEN))
 
     def _looks(self, judged: list[str]) -> int:
         """Record that the unseen half has judged these candidates by these conditions, and count such records.

@@ -26,7 +26,7 @@ from coprune.base.errors import (
 from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.fitting.calibration import Passage, calibration_of, own_count, own_texts, texts_in, write_passages
-from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, MIXED, Candidate
+from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, GIVEN, MIXED, Candidate
 from coprune.fitting.clock import Mark
 from coprune.fitting.fit_notes import Asked, Measured, differing
 from coprune.fitting.made_model import bytes_in
@@ -207,7 +207,7 @@ class Workshop:
         """Return the bytes of a candidate's weights from shapes, making the files this needs. Raises CopruneError."""
         if candidate.type == EXACT:
             return bytes_in(self.making.exact(candidate.cut))
-        if candidate.type == FOREIGN:
+        if candidate.type in (FOREIGN, GIVEN):
             return bytes_in(self.making.file(candidate))
         key = self.making.key("fit-size", candidate)
         return self.store.get(key, Size, lambda: Size(self._planned_bytes(candidate))).root

@@ -160,10 +160,6 @@ class SolvedSpans:
         """Return the error of a set of spans."""
         return sum(own[span] for span in spans for own in self.errors if span in own)
 
-    def maps_of(self, spans: Iterable[Span]) -> dict[Span, Map]:
-        """Return the maps of some spans."""
-        return {span: self.maps[span] for span in spans}
-
 
 @dataclass(frozen=True)
 class Mapped:
@@ -225,7 +221,7 @@ class Mapped:
     ) -> Going:
         """Choose the blocks to remove among spans whose maps are solved. Other arguments as in `choose`."""
         sets = solved.least(counts, self.spans, self.candidates)
-        tried = {one: solved.maps_of(one) for own in sets for one in own}
+        tried = {one: {span: solved.maps[span] for span in one} for own in sets for one in own}
         costs = self._costs(model, batches, processes, tried, solved.writers)
         gone = [span for own in sets if own for span in min(own, key=costs.__getitem__)]
         return Going([index for span in gone for index in span.gone], [span.before for span in gone])
