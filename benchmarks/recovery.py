@@ -7,6 +7,7 @@ smollm2-135m were 4-bit before they were dequantised, so the figures compare mod
 
     python benchmarks/recovery.py                  # the README's table: 20 minutes per cell
     python benchmarks/recovery.py --patterns wanda_sp,influence,obs,uneven --modes distill --minutes 10    # parts removed
+    python benchmarks/recovery.py --patterns influence,map,obs --blocks 0.2 --channels 0.27 --align 32 --modes distill
     python benchmarks/recovery.py --minutes 1      # a smoke run
     python benchmarks/recovery.py --cost           # what a masked update costs beside plain LoRA and dense training
 """
@@ -31,13 +32,14 @@ RATES = {"lora": 1e-3, "dense": 1e-4, "distill": 1e-4}
 REMOVALS = {
     "influence": "blocks by influence (ShortGPT)",
     "kl": "blocks by KL",
+    "map": "blocks mapped",
     "wanda_sp": "channels by Wanda-sp",
     "flap": "channels by FLAP, no bias",
     "obs": "channels by OBS, refit",
     "uneven": "channels by OBS, spread by error",
     "reconstructed": "channels by OBS, reconstructed",
 }
-"""In place of a pattern: a quarter of the blocks' parameters removed, by the name of the way in removal.py."""
+"""In place of a pattern: parts removed, by the name of the way in removal.py; by default a quarter of the blocks' parameters."""
 
 
 def main() -> None:
@@ -70,6 +72,9 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--patterns", default="2:4,0.6", help=f"also {', '.join(REMOVALS)}")
+    parser.add_argument("--channels", default="0.33", help="share that is removed")
+    parser.add_argument("--blocks", default="0.2334", help="likewise")
+    parser.add_argument("--align", type=int, default=64, help="channels are kept in multiples of this")
     parser.add_argument("--modes", default="lora,dense,distill")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training per cell")
     parser.add_argument("--nsamples", type=int, default=128, help="calibration samples of the pruning")
@@ -90,7 +95,8 @@ def read_arguments() -> argparse.Namespace:
 
 def pruned_folder(arguments: argparse.Namespace, pattern: str) -> Path:
     name = f"{arguments.model}-{pattern.replace(':', '-')}-{arguments.nsamples}x{arguments.block_size}"
-    folder: Path = arguments.folder / f"{name}-{arguments.eval_tokens}-{arguments.seed}"
+    shares = f"{arguments.blocks}-{arguments.channels}-{arguments.align}"
+    folder: Path = arguments.folder / f"{name}-{shares}-{arguments.eval_tokens}-{arguments.seed}"
     return folder
 
 
@@ -99,6 +105,8 @@ def pruning_cell(arguments: argparse.Namespace, pattern: str) -> dict[str, Any]:
     return {
         "model": arguments.model,
         "pattern": pattern,
+        "shares": [arguments.channels, arguments.blocks],
+        "align": arguments.align,
         "nsamples": arguments.nsamples,
         "seqlen": arguments.block_size,
         "eval_tokens": arguments.eval_tokens,
@@ -145,10 +153,11 @@ def prune(settings: dict[str, Any]) -> None:
     """Prune, measure, save the model and what was measured."""
     import coprune
 
-    folder, pattern = Path(settings.pop("save")), settings.pop("pattern")
+    folder, pattern, shares = Path(settings.pop("save")), settings.pop("pattern"), settings.pop("shares")
     if pattern in REMOVALS:
-        how = settings_of(REMOVALS[pattern])
+        how = settings_of(REMOVALS[pattern], *shares)
     else:
+        del settings["align"]
         how = {"method": "wanda"} | ({"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)})
     texts = ",".join(TEXTS)
     report = coprune.prune(

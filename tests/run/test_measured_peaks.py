@@ -25,6 +25,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "streamed": {"stream": True, "method": "wanda"},
     "reconstruction": {"stream": True, "method": "wanda", "reconstruct": 2},
     "removal": {"stream": False, "remove": "channels=0.25"},
+    "mapped blocks": {"stream": True, "remove": "blocks=0.5"},
+    "target size": {"stream": True, "remove": "size=0.2"},
 }
 QUICK = {"in memory"}, {"streamed"}
 """Runs of a model of some size and of a tiny one; the slow tests run all ways, also in bfloat16, which many

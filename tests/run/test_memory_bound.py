@@ -100,6 +100,11 @@ def test_more_work_has_a_larger_bound(place: Path) -> None:
     parameters = sum(parameter.numel() for parameter in pico_model("llama").parameters())
     assert trained.phases["training"] - trained.resident_bytes > 3 * 4 * parameters
     assert "smaller model" in bound(place, nsamples=64, remove="channels=0.5").phases
+    mapped, sized = (bound(place, nsamples=64, remove=asked) for asked in ("blocks=0.5", "size=0.2"))
+    assert (
+        sized.phases["choosing blocks"] - sized.resident_bytes
+        > mapped.phases["choosing blocks"] - mapped.resident_bytes
+    )
 
 
 def test_released_memory_does_not_count_in_the_bound(place: Path) -> None:

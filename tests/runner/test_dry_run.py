@@ -82,6 +82,15 @@ def test_a_dry_run_writes_nothing_and_reads_no_weights(
     assert sorted(shlex.split(line)) == sorted([*words, "--save-model", "left"])  # in the order of the settings
 
 
+def test_choosing_blocks_takes_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coprune.runner.time_estimate._rate", lambda device: 1e9)
+    save_pico(tmp_path / "whole")
+    write_words(tmp_path / "words.txt")
+    ways = [{"score": "influence", "remove": "blocks=0.5"}, {"remove": "blocks=0.5"}, {"remove": "size=0.2"}]
+    seconds = [dry_run(asked(tmp_path, **way), QUIET).seconds or 0 for way in ways]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
 def test_existing_files_at_the_target_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

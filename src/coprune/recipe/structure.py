@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,6 +229,19 @@ class RemovePart(Part):
         found = self.shares[kind]
         assert not isinstance(found, Left)
         return found
+
+    def most_blocks(self, blocks: int, each: int, before: int, itemsize: int) -> int:
+        """Return the maximum number of blocks that go.
+
+        Args:
+            blocks: their number.
+            each: parameters of a block.
+            before: parameters of the model.
+            itemsize: bytes per saved parameter.
+        """
+        if self.size is None:
+            return math.ceil(self.share("blocks") * blocks)
+        return min(max(1, -(-(before - self.size.most(before, itemsize)) // each)), blocks // 2)
 
     @property
     def label(self) -> str:

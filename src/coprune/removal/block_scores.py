@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coprune.base.errors import UnsupportedModel
+from coprune.base.memory import return_free_memory
 from coprune.base.method_options import one_of, require_not_negative, require_positive
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, scaled
@@ -25,11 +26,7 @@ from coprune.model.walk.walk import Walk
 from coprune.recipe.choice import Choice
 from coprune.removal.maps import Map, MapWalk, Span, Writers, best_sets, find_writers
 from coprune.run.calibrating import first_batches
-
-ROWS = 256
-"""Tokens whose vocabulary-sized distributions are compared at a time."""
-_TRIED = 2048
-"""Minimum number of tokens on which distributions are compared."""
+from coprune.run.memory_bound import COMPARED_BY_KL, KL_ROWS, MAP_CANDIDATES, MAP_SPANS, MAP_TOKENS
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Divergence:
     After the first round only the best candidates of the previous round are tried again.
     """
 
-    tokens: int = _TRIED
+    tokens: int = COMPARED_BY_KL
     """Minimum number of calibration tokens to use (for image models: one batch)."""
     candidates: int = 6
     """Number of blocks tried again after each removal; 0: all."""
@@ -133,14 +130,12 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class SolvedSpans:
-    """The maps of all spans that may go."""
+class SpanErrors:
+    """Errors of the maps of all spans that may go; the maps themselves are solved again once a few spans are left."""
 
-    writers: Mapping[int, Writers]
-    """Matrices that receive a map, by block number."""
-    maps: Mapping[Span, Map]
+    walk: MapWalk
     errors: Sequence[Mapping[Span, float]]
-    """Errors of the maps, by list, the same in all processes."""
+    """By list, the same in all processes."""
 
     def least(self, counts: Sequence[int], spans: int, each: int) -> list[list[tuple[Span, ...]]]:
         """Return the sets of spans with the least errors, by list; none for a list that loses no block.
@@ -168,11 +163,11 @@ class Mapped:
     Among the sets of spans whose maps have the least error, the one that moves the distributions least is taken.
     """
 
-    tokens: int = 16384
+    tokens: int = MAP_TOKENS
     """Minimum number of calibration tokens for solving the maps (for image models: one batch); a quarter of them ranks spans."""
-    spans: int = 3
+    spans: int = MAP_SPANS
     """Maximum number of spans."""
-    candidates: int = 2
+    candidates: int = MAP_CANDIDATES
     """Number of sets tried for each number of spans, on 2,048 tokens."""
 
     def __post_init__(self) -> None:
@@ -186,45 +181,43 @@ class Mapped:
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
     ) -> Going:
-        solved = self.solve(model, batches, counts, scaled(advance, 0.7), processes)
-        going = self.choose_among(solved, model, batches, counts, processes)
+        measured = self.measure(model, batches, counts, scaled(advance, 0.7), processes)
+        going = self.choose_among(measured, batches, counts)
         advance(0.3)
         return going
 
-    def solve(
+    def choose_among(self, measured: SpanErrors, batches: Sequence[Tensor], counts: Sequence[int]) -> Going:
+        """Choose the blocks to remove among measured spans. Other arguments as in `choose`."""
+        model, processes = measured.walk.model, measured.walk.processes
+        sets = measured.least(counts, self.spans, self.candidates)
+        maps = dict(measured.walk.of_outputs({span for own in sets for one in own for span in one}))
+        tried = {one: {span: maps[span] for span in one} for own in sets for one in own}
+        own = {one: tried[one] for one in processes.own([*tried])}
+        found = divergences_mapped(model, first_batches(batches, COMPARED_BY_KL), own, measured.walk.writers)
+        costs = {one: cost for some in processes.gather(found) for one, cost in some.items()}
+        gone = [span for own in sets if own for span in min(own, key=costs.__getitem__)]
+        return Going([index for span in gone for index in span.gone], [span.before for span in gone])
+
+    def measure(
         self,
         model: ProvenModel,
         batches: Sequence[Tensor],
         counts: Sequence[int],
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
-    ) -> SolvedSpans:
-        """Solve the maps of all spans of at most so many blocks. Arguments as in `choose`; counts: the most of each list."""
+    ) -> SpanErrors:
+        """Measure the maps of all spans of at most so many blocks. Arguments as in `choose`; counts: the most of each list."""
         writers = find_writers(model)
         walk = MapWalk(model, writers, processes.own(first_batches(batches, self.tokens // 4)), processes)
         spans = [self._spans(model, writers, part, count) for part, count in enumerate(counts)]
-        every, found = {*chain.from_iterable(spans)}, dict[Span, Map]()
+        every = {*chain.from_iterable(spans)}
         share = 1 / (1 + max((span.last for span in every), default=0))
-        for span, one in walk.of_outputs(every, scaled(advance, share)) if every else ():
-            found[span] = one
+        solved = walk.of_outputs(every, scaled(advance, share)) if every else ()
+        found = {span: one.error for span, one in solved}
+        return_free_memory()  # of the features
         # The first process decides, since another machine may round differently.
-        errors = processes.from_first(lambda: {span: one.error for span, one in found.items()})
-        return SolvedSpans(writers, found, [{span: errors[span] for span in own} for own in spans])
-
-    def choose_among(
-        self,
-        solved: SolvedSpans,
-        model: ProvenModel,
-        batches: Sequence[Tensor],
-        counts: Sequence[int],
-        processes: Processes = ALONE,
-    ) -> Going:
-        """Choose the blocks to remove among spans whose maps are solved. Other arguments as in `choose`."""
-        sets = solved.least(counts, self.spans, self.candidates)
-        tried = {one: {span: solved.maps[span] for span in one} for own in sets for one in own}
-        costs = self._costs(model, batches, processes, tried, solved.writers)
-        gone = [span for own in sets if own for span in min(own, key=costs.__getitem__)]
-        return Going([index for span in gone for index in span.gone], [span.before for span in gone])
+        errors = processes.from_first(lambda: found)
+        return SpanErrors(walk, [{span: errors[span] for span in own} for own in spans])
 
     def _spans(self, model: ProvenModel, writers: Mapping[int, Writers], part: int, most: int) -> list[Span]:
         """Return the spans of one list whose blocks may all go."""
@@ -232,18 +225,6 @@ class Mapped:
         befores = [block.index for block in model.blocks if block.part == part and block.index in writers]
         spans = (Span(before, count) for before in befores for count in range(1, most + 1))
         return [span for span in spans if free.issuperset(span.gone)]
-
-    def _costs(
-        self,
-        model: ProvenModel,
-        batches: Sequence[Tensor],
-        processes: Processes,
-        tried: Mapping[tuple[Span, ...], Mapping[Span, Map]],
-        writers: Mapping[int, Writers],
-    ) -> dict[tuple[Span, ...], float]:
-        own = processes.own([*tried])
-        costs = divergences_mapped(model, first_batches(batches, _TRIED), {one: tried[one] for one in own}, writers)
-        return {one: cost for some in processes.gather(costs) for one, cost in some.items()}
 
 
 BLOCK_SCORES: dict[str, BlockScore] = {"map": Mapped(), "kl": Divergence(), "influence": Influence()}
@@ -398,7 +379,8 @@ def logits_of(model: ProvenModel, tokens: Tensor, hidden: Tensor) -> Tensor:
 def kl_of_logits(dense: Tensor, other: Tensor) -> float:
     """Return KL(dense ‖ other) summed over rows, in nats. dense, other: logits, N × V."""
     total = 0.0
-    for p, q in zip(dense.split(ROWS), other.split(ROWS), strict=True):
+    for p, q in zip(dense.split(KL_ROWS), other.split(KL_ROWS), strict=True):
         log_p, log_q = (one.to(torch.float32).log_softmax(dim=-1) for one in (p, q))
-        total += float(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
+        gap = log_q.neg_().add_(log_p)  # in place, since a row is as long as the vocabulary
+        total += float(gap.mul_(log_p.exp_()).sum())
     return total

@@ -16,12 +16,11 @@ from coprune.model.walk.model_structure import ProvenModel
 from coprune.recipe.structure import Removable
 from coprune.removal.block_scores import may_go
 from coprune.removal.channels_and_heads import Kind, Part, groups_of, kept_count, step_of
+from coprune.run.memory_bound import MIXES
 
 _MOST: dict[Removable, float] = {"channels": 0.75, "heads": 0.5, "blocks": 0.5}
 """Largest share of each kind; beyond it the next kind is removed, too."""
 _DIGITS = 8
-_OTHERS = 3
-"""Maximum number of mixes to compare with the first, since each is measured."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def with_more_blocks(
         if not before:
             break
     between, last = found[:-1], found[-1:]
-    step = max(1, -(-len(between) // (_OTHERS - len(last))))
+    step = max(1, -(-len(between) // (MIXES - 1 - len(last))))
     stretches = (between[at : at + step] for at in range(0, len(between), step))
     return [*(max(own, key=lambda mix: mix.left) for own in stretches), *last]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput, UnsupportedModel
+from coprune.base.memory import return_free_memory
 from coprune.base.words import Set, Setting, say
 from coprune.model.blocks import Block, by_list
 from coprune.model.checkpoint.encoding import Encoding
@@ -398,7 +399,9 @@ def find_maps(run: Run, plan: Plan, finished: Collection[str]) -> dict[int, Foun
     batches = processes.own(first_batches(run.task.inputs.batches(run.samples.tokens), score.tokens))
     walk = MapWalk(run.model, find_writers(run.model), batches, processes)
     with run.reporter.bar("Solving the map", 1 + max(span.last for span in spans)) as advance:
-        return walk.merged(spans, advance)
+        found = walk.merged(spans, advance)
+    return_free_memory()  # of the inputs
+    return found
 
 
 def only_consumers(model: ProvenModel, plan: Plan) -> ProvenModel:

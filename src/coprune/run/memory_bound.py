@@ -49,6 +49,10 @@ COMPARED_TOKENS = 64
 """Number of tokens whose logits are compared between the saved model and the one in memory."""
 OF_WEIGHT, OF_INPUTS, WORKSPACE = 11, 4, 16 << 20
 """Float32 copies of a matrix and of a Gram matrix that solving takes at most, and the libraries' workspace in bytes."""
+MAP_TOKENS, MAP_SPANS, MAP_CANDIDATES = 16384, 3, 2
+"""Defaults of the map score: tokens to solve maps, spans, and sets of spans tried for each number of them."""
+MIXES, REFIT_TOKENS, COMPARED_BY_KL, KL_ROWS = 4, 4096, 2048, 256
+"""Mixes of a target size, tokens that their refits see, tokens on which distributions are compared, and those at a time."""
 _TOP = re.compile(r"(?=.*(?:expert|moe)).*(?:per_tok|top_?k|moe_k)")
 """Names in configurations for the number of experts per token."""
 
@@ -89,6 +93,8 @@ class Shapes:
     expert: int
     written: int
     """Bytes written for the largest block, in the source's encoding."""
+    writers: int
+    """Inputs of the widest matrix, not of an expert, that writes hidden states."""
 
     @classmethod
     def of(cls, loaded: Loaded, found: FoundModel, solver: Solver, removes: bool) -> Shapes:
@@ -134,6 +140,7 @@ class Shapes:
             experts=sum(stack.nbytes for stack in stacks),
             expert=sum(stack.nbytes // len(stack) for stack in stacks),
             written=int(sizes[largest] * loaded.weights.stored_share),
+            writers=max((one.inputs for own in pruned for one in own if not one.experts), default=0),
         )
 
 
@@ -246,6 +253,8 @@ class Bound:
         for windows in self._text.evaluated:
             yield "perplexity", self._perplexity(windows, block, limit)
         yield "pruning", block + max(self._pruning(limit), self._written)
+        if "blocks" in recipe.remove.kinds:
+            yield "choosing blocks", block + self._choosing()
         if recipe.remove.parts:  # tried block by block if streamed; else built in memory from cut tensors
             yield "smaller model", shapes.rest_bytes + self._block if self.streams else 2 * shapes.total_bytes
         if recipe.output.model is not None:
@@ -326,6 +335,35 @@ class Bound:
             sizes.append(sample + 4 * self._longest * self._trained(self._longest) + 2 * shapes.block_bytes)
         dense = recipe.calibrate.propagation == "dense" or recipe.prune.reconstruct.steps
         return max(sizes) + (shapes.shared_weights if dense else 0)
+
+    def _choosing(self) -> float:
+        """Bound the choice of blocks: maps of all spans, those of a few, the mixes of a target size, and predictions."""
+        shapes, removed, hidden = self._shapes, self._recipe.remove, self._hidden
+        logits = 2 * self._batch * shapes.vocabulary * shapes.itemsize + 12 * KL_ROWS * shapes.vocabulary
+        running = self._batch * self._running(self._longest)
+        compared = COMPARED_BY_KL if self.streams else self._batch
+        sizes = [self._some(compared) * hidden * (shapes.blocks + 1) + max(logits, running)]
+        if removed.maps_blocks and not self._recipe.output.as_gguf:
+            tokens = int(removed.score_of("blocks").options.get("tokens") or MAP_TOKENS)
+            ranked, solved, refit = self._some(tokens // 4), self._some(tokens), self._some(REFIT_TOKENS)
+            small, wide, change = 4 * shapes.hidden**2, 4 * shapes.writers**2, 4 * shapes.writers * shapes.hidden
+            inputs = shapes.writers * shapes.itemsize + hidden
+            maps = sum(range(MAP_SPANS + 1)) * MAP_CANDIDATES * small
+            numbers = sum(size for _, size in self._sizes)
+            each = (shapes.total_bytes - shapes.rest_bytes) // (shapes.blocks * shapes.itemsize)
+            gone = removed.most_blocks(shapes.blocks, each, numbers, shapes.itemsize)
+            sizes.append(3 * ranked * hidden + gone * (2 * ranked * hidden + 2 * small) + maps + 3 * small)
+            sizes.append((3 + MAP_SPANS) * solved * hidden + solved * inputs + 3 * wide + 3 * change)
+            if removed.size is not None:
+                maps = MIXES * MAP_SPANS * change
+                sizes.append(3 * refit * hidden + MIXES * (refit * inputs + 2 * wide) + wide + maps + 2 * change)
+                ways = (refit + (1 + MIXES) * self._some(COMPARED_BY_KL)) * hidden
+                sizes.append(maps + ways + max(shapes.statistics + shapes.solve + 2 * change, logits, running))
+        return max(sizes)
+
+    def _some(self, tokens: int) -> float:
+        """Return the number of tokens of the first batches with at least so many."""
+        return min(-(-tokens // self._batch) * self._batch, self._text.samples * self._text.mean) if self._batch else 0
 
     def _trained(self, length: int) -> int:
         """Return the values per token of a block's forward pass and of those kept for its backward pass."""

@@ -15,6 +15,7 @@ from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import Solver
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.train_part import has_teacher
+from coprune.run.memory_bound import COMPARED_BY_KL, MAP_CANDIDATES, MAP_SPANS, MAP_TOKENS, MIXES, REFIT_TOKENS
 
 _SIZE, _LEAST_SECONDS = 768, 0.2
 _EFFICIENCY = 0.45
@@ -49,6 +50,7 @@ def seconds_of(
     else:
         training, limit = _training(recipe, tokens, loaded, blocks), 0.0
     work = training + _walking(recipe, solver, tokens, blocks) + _measuring(recipe, tokens, loaded, blocks)
+    work += _choosing(recipe, tokens, loaded, blocks)
     return _OPENING + limit + work / (_EFFICIENCY * _rate(loaded.device))
 
 
@@ -67,6 +69,26 @@ def _walking(recipe: Recipe, solver: Solver, tokens: Tokens, blocks: Sequence[Se
             work += _share(matrix) * 2 * tokens.calibrated * inputs**2 / 2 + inputs**3 + 4 * outputs * inputs**2
     steps = recipe.prune.reconstruct.steps
     return work + 3 * 2 * steps * tokens.seqlen * _weights(blocks)
+
+
+def _choosing(recipe: Recipe, tokens: Tokens, loaded: Loaded, blocks: Sequence[Sequence[Matrix]]) -> float:
+    """Return the operations of choosing blocks, solving their maps, and comparing the mixes of a target size."""
+    removed = recipe.remove
+    if "blocks" not in removed.kinds or removed.score_of("blocks").name == "influence":
+        return 0.0
+    weights, count, itemsize = _weights(blocks), len(blocks), loaded.model.dtype.itemsize
+    gone = removed.most_blocks(count, int(weights / count), loaded.model.num_parameters(), itemsize)
+    predicted = 2 * min(COMPARED_BY_KL, tokens.calibrated) * (weights + _head(loaded))
+    if not removed.maps_blocks or recipe.output.as_gguf:
+        return (count / 2 + 6 * gone) * predicted
+    ranked, solved, refit = (min(most, tokens.calibrated) for most in (MAP_TOKENS // 4, MAP_TOKENS, REFIT_TOKENS))
+    hidden = min(min(matrix.shape) for own in blocks for matrix in own if own)
+    spans = gone * count * (2 * ranked * hidden**2 + 6 * hidden**3)
+    passes, tried = 2 * ranked + 2 * solved, MAP_CANDIDATES * MAP_SPANS
+    if removed.size is None:
+        return spans + 2 * passes * weights + tried * predicted
+    refits = sum(_share(m) * m.shape[1] ** 2 * (m.shape[1] + 4 * m.shape[0]) for own in blocks for m in own)
+    return spans + 2 * (passes + 3 * refit) * weights + MIXES * (predicted + refits)
 
 
 def _measuring(recipe: Recipe, tokens: Tokens, loaded: Loaded, blocks: Sequence[Sequence[Matrix]]) -> float:

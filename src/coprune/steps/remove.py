@@ -188,7 +188,7 @@ def _even_of_mix(run: Run, found: Removable) -> tuple[Plan, Configure, Mix]:
     compared = compare_mixes(run, found)
     for mix, _ in compared.losses:
         try:
-            even, configure = _even(run, found.of_mix(run, mix), None, compared.going(run, mix))
+            even, configure = _even(run, found.of_mix(run, mix), None, compared.going(mix))
         except UnsupportedModel:
             continue
         say_mix(run, mix, compared.losses)
