@@ -12,12 +12,14 @@ from torch import nn
 from coprune.base.progress import Event, Reporter, Said
 from coprune.model.edit import DropBlock
 from coprune.model.edits import Edits, source_of
+from coprune.model.removed import MappedBlocks
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.views import training_recipe
 from coprune.report.run_page import run_page
 from coprune.report.schema import Report
 from coprune.report.wording import number
 from coprune.runner.run_recipe import run_recipe
+from coprune.training.finetune_report import FinetuneReport
 from coprune.training.finetuning import run_finetuning
 from coprune.training.masks import History, find_masks
 from support.pico import pico_model
@@ -113,6 +115,12 @@ def test_removal_and_distillation_in_one_run_report_the_final_model(home: Path, 
     assert found.finetuned is not None
     ((name, value),) = found.finetuned.perplexity.items()
     assert value != found.perplexity[0].pruned
+    # The training starts from the model with the map merged.
+    assert any(isinstance(edit, MappedBlocks) for edit in found.edits)
+    (trained,) = FinetuneReport.model_validate_json(
+        next((tmp_path / "run").rglob("finetune.json")).read_text()
+    ).perplexity
+    assert trained.before == pytest.approx(found.perplexity[0].pruned, rel=1e-5)
     assert found.saved_model == tmp_path / "small"
     assert f"→ {value:.2f} after distill on {name}" in found.headline()
     assert f"fine-tuned {value:.2f}" in str(found)
