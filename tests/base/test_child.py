@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coprune.base.child import interruptible
+from coprune.base.child import OutOfTime, interruptible
 from coprune.base.errors import BadInput, LostProcess
 from support.forking import forked, wait_for
 
@@ -30,6 +30,15 @@ def test_a_result_or_an_error_comes_back() -> None:
 def test_a_killed_child_is_said_to_be() -> None:
     with pytest.raises(LostProcess, match="was killed"):
         interruptible(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_call_is_interrupted_at_its_deadline() -> None:
+    began = time.perf_counter()
+    with pytest.raises(OutOfTime):
+        interruptible(lambda: ctypes.CDLL(None).sleep(60), began + 0.2)
+    assert time.perf_counter() - began < 20
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.parametrize("killed", [True, False])

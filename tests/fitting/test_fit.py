@@ -30,7 +30,7 @@ from coprune.fitting.score import bits_per_byte, score_item
 from coprune.fitting.tasks import Item, Task, read_task
 from coprune.fitting.type_mixtures import mixtures
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop
-from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.gguf_files.llama_cpp import LlamaCpp, Quantisation, has_llama_cpp, quantize
 from coprune.store.notes import read_note, write_note
 from support.disturbing import in_child
 from support.fits import WITHOUT, WORDS, how, tokens, write
@@ -288,7 +288,9 @@ def test_quants_larger_than_the_given_file_are_not_made_for_the_proof(place: Pat
 def test_a_type_that_is_slow_to_make_leaves_the_time_to_others(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coprune.fitting.search.Search._has_time", lambda self, one: not one.type.startswith("iq"))
+    monkeypatch.setattr(
+        "coprune.fitting.search.Search._has_time", lambda self, one, share=1.0: not one.type.startswith("iq")
+    )
     settings = how(place, types="q8_0,iq4_nl,q4_0", without=f"{WITHOUT},embedding", budget="24h")
     task, output = place / "text.txt", tmp_path / "out"
     found = coprune.fit(place / "model.gguf", task, "bits<=dense*1.5", output=output, **settings)
@@ -296,10 +298,25 @@ def test_a_type_that_is_slow_to_make_leaves_the_time_to_others(
     assert "q4_0" in {row.name for row in found.rows}
 
 
+def test_a_quantisation_that_reaches_the_deadline_is_not_tried_and_others_are_proven(
+    place: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs(source: Path, target: Path, asked: Quantisation, until: float) -> None:
+        quantize(source, target, asked, 0.0 if asked.kind == "q4_0" else until)
+
+    monkeypatch.setattr("coprune.gguf_files.copied_tensors.quantize", hangs)
+    settings = how(place, types="q8_0,q4_0", without=f"{WITHOUT},embedding", budget="24h")
+    found = coprune.fit(
+        place / "model.gguf", place / "text.txt", "bits<=dense*1.5", output=tmp_path / "out", **settings
+    )
+    assert found.chosen == "q8_0"
+    assert any("q4_0 would be next" in note for note in found.notes)
+
+
 def test_untried_candidates_are_listed_with_the_command_for_more_time(place: Path, tmp_path: Path) -> None:
     items, text = place / "text.txt", str(place / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coprune.fitting.search.Search._has_time", lambda self, candidate: not self.tried)
+        patch.setattr("coprune.fitting.search.Search._has_time", lambda self, candidate, share=1.0: not self.tried)
         settings = how(place, types="q8_0,q4_0", without="embedding,mixed", budget="20m")
         found = coprune.fit(place / "model.gguf", items, "bits<=dense*1.1", output=tmp_path / "out", **settings)
     assert found.next.startswith(f"coprune.fit({str(place / 'model.gguf')!r}, task={str(items)!r}")

@@ -165,6 +165,18 @@ def test_answers_of_two_prompt_tasks_are_stored_separately(opened: Opening, tmp_
         assert found.of(task, "acceptance", places) == pytest.approx([1.0] * 4, abs=1e-3)
 
 
+def test_a_quantisation_is_interrupted_at_the_deadline_and_made_with_more_time(opened: Opening, tmp_path: Path) -> None:
+    workshop, quant = opened(text_task(tmp_path, 40)), Candidate(DENSE, "q8_0")
+    workshop.collect(workshop.asked.tasks, 0.0)
+    workshop.making.quantisation(quant)  # the files that it needs
+    late = workshop.measure(quant, {}, until=time.perf_counter())
+    assert not late.bytes
+    assert not late.refused
+    least = workshop.making.took_to_make(quant)
+    assert Budget(workshop, 60.0, 1).expected(quant, []) >= least > 0
+    assert workshop.measure(quant, {}).bytes
+
+
 def test_a_candidate_that_runs_out_of_time_keeps_its_measurements(opened: Opening, tmp_path: Path) -> None:
     (task,) = text_task(tmp_path, 40)
     workshop, places = opened([task]), [*range(16)]

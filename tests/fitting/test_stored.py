@@ -148,7 +148,7 @@ def test_only_what_is_a_property_of_a_candidate_is_stored(
     def opened() -> Workshop:
         return Workshop(tmp_path / "fit", Asked(str(place / "model.gguf"), ()), Reporter(quiet=True))
 
-    def raises(self: Making, candidate: Candidate) -> Path:
+    def raises(self: Making, candidate: Candidate, until: float) -> Path:
         raise error
 
     candidate = Candidate(DENSE, "q8_0")
@@ -177,7 +177,7 @@ def test_a_failure_of_the_dense_model_is_not_a_verdict_on_a_candidate(
     def fails(*_: Any) -> None:
         raise BadInput("the dense model writes nothing")
 
-    monkeypatch.setattr(Making, "file", lambda self, candidate: exact)
+    monkeypatch.setattr(Making, "file", lambda self, candidate, until=0.0: exact)
     with monkeypatch.context() as patch:
         patch.setattr(DenseAnswers, "add", fails)
         with pytest.raises(BadInput, match="the dense model writes nothing"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import resource
+import select
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +19,10 @@ from typing import NoReturn, TypeVar
 from coprune.base.errors import LostProcess
 
 Result = TypeVar("Result")
+
+
+class OutOfTime(Exception):
+    """The deadline of some work has passed."""
 
 
 def fork() -> int:
@@ -43,14 +50,16 @@ def end_child(process: int) -> None:
         os.waitpid(process, 0)
 
 
-def interruptible(work: Callable[[], Result]) -> Result:
+def interruptible(work: Callable[[], Result], until: float = math.inf) -> Result:
     """Return what a function returns, called in a child process that ends with this one, or at an exception here.
 
     Args:
         work: a long call into a library, which may not use torch's threads. What it returns or raises is pickled.
+        until: deadline in `time.perf_counter()`, at which the child is killed.
 
     Raises:
-        LostProcess: the child was killed.
+        LostProcess: the child was killed by something else.
+        OutOfTime: the deadline has passed.
     """
     (told, tell), (alive, living) = os.pipe(), os.pipe()
     process = fork()
@@ -60,6 +69,9 @@ def interruptible(work: Callable[[], Result]) -> Result:
         os.close(tell)
         os.close(alive)
         with os.fdopen(told, "rb") as stream:
+            left = None if until == math.inf else max(0.0, until - time.perf_counter())
+            if not select.select([stream], [], [], left)[0]:
+                raise OutOfTime("the time for this step is over")
             answer = stream.read()
     finally:
         end_child(process)

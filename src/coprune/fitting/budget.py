@@ -65,9 +65,9 @@ class Budget:
         """Seconds for generating the model's own text."""
         return _OWN * self.seconds
 
-    def until(self, proof: float) -> float:
-        """Return the deadline, in `time.perf_counter()`, that leaves `proof` seconds for the final test."""
-        return time.perf_counter() + self.left - proof
+    def until(self, proof: float, share: float = 1.0) -> float:
+        """Return the deadline, in `time.perf_counter()`, for a share of the time until `proof` seconds for the final test."""
+        return time.perf_counter() + share * (self.left - proof)
 
     @property
     def _reads(self) -> float:
@@ -94,10 +94,9 @@ class Budget:
     def expected(self, candidate: Candidate, tried: Sequence[Candidate]) -> float:
         """Return the expected seconds of making and measuring a candidate, from candidates tried or from the dense model."""
         workshop, made = self._workshop, 0.0
-        own = [one for one in tried if one.type != FOREIGN]
-        if own and candidate.type != FOREIGN:
-            longest = max(own, key=workshop.making.took_to_make)
-            made = workshop.making.took_to_make(longest) * _work(candidate) / _work(longest)
+        if candidate.type != FOREIGN:
+            own = [one for one in (candidate, *tried) if one.type != FOREIGN]
+            made = max(workshop.making.took_to_make(one) * _work(candidate) / _work(one) for one in own)
         read = max(map(self._reading, tried), default=self._half)
         if candidate.cut == DENSE:
             return made + read

@@ -29,8 +29,8 @@ from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.made_model import bytes_given, bytes_in, copy, digest_of
 from coprune.fitting.making import Making
-from coprune.fitting.require import Held, wanted
-from coprune.fitting.search import Search, verdict_of
+from coprune.fitting.require import Held, verdict_of, wanted
+from coprune.fitting.search import Search
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop

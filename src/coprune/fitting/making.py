@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,8 +117,14 @@ class Making:
         return 0.0 if found is None else found.seconds
 
     def took_to_make(self, candidate: Candidate) -> float:
-        """Return the seconds of making a candidate's file, without its cut."""
-        return self.took(self._written(candidate.cut)[0] if candidate.type == EXACT else self.key("quant", candidate))
+        """Return the seconds of making a candidate's file, without its cut, or those after which that was interrupted."""
+        if candidate.type == EXACT:
+            return self.took(self._written(candidate.cut)[0])
+        return self.took(self.key("quant", candidate)) or self.took(self.interrupted(candidate))
+
+    def interrupted(self, candidate: Candidate) -> Key:
+        """Return the key under which the time of an interrupted quantisation is recorded."""
+        return self.key("interrupted", candidate)
 
     def is_made(self, cut: Cut) -> bool:
         """Return whether a cut was made, in this process or an earlier one."""
@@ -130,8 +137,11 @@ class Making:
         first, after = (written, 0.0) if self._is_in_file(cut) else (3 * written, written)
         return fmean(self.done.seconds("cut") or [first]) + after
 
-    def file(self, candidate: Candidate) -> Path:
-        """Return a candidate's file, making it if needed. Raises CopruneError if that fails."""
+    def file(self, candidate: Candidate, until: float = math.inf) -> Path:
+        """Return a candidate's file, making it if needed. Raises CopruneError if that fails.
+
+        until: deadline in `time.perf_counter()`, at which its quantisation is interrupted.
+        """
         if candidate == AS_GIVEN:
             return self.source.path
         if candidate.type == FOREIGN:
@@ -145,7 +155,7 @@ class Making:
         def make() -> None:
             self.reporter.say(f"Making {candidate.name}")
             asked = self.quantisation(candidate)
-            write_durably(target, lambda path: quantize_beside(self._quants(matrix), exact, path, asked))
+            write_durably(target, lambda path: quantize_beside(self._quants(matrix), exact, path, asked, until))
 
         if not target.exists():
             matrix = self._importance(candidate.cut)

@@ -245,6 +245,12 @@ def refuse_few(condition: Condition, task: Task, dense: Sequence[float] | None =
     raise BadInput(cause, field="task", value=task.name, fix=fix)
 
 
+def verdict_of(held: Sequence[Held]) -> Verdict:
+    """Combine the verdicts of all conditions."""
+    said = {one.verdict for one in held}
+    return next((one for one in (Verdict.LOST, Verdict.OPEN) if one in said), Verdict.KEPT)
+
+
 def read_conditions(text: str) -> tuple[Condition, ...]:
     """Parse conditions separated by commas.
 

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Literal
 
 from coprune.base.errors import BadInput, CopruneError
-from coprune.evaluation.bounds import LEAST_ITEMS, Share
+from coprune.evaluation.bounds import LEAST_ITEMS
 from coprune.fitting.budget import DISTILLED, EXACT_DENSE, Budget
 from coprune.fitting.candidates import (
     AS_GIVEN,
@@ -23,12 +23,13 @@ from coprune.fitting.candidates import (
     Candidate,
     Cut,
 )
+from coprune.fitting.chance import refuse_chance
 from coprune.fitting.finding import Finding, Wish
 from coprune.fitting.fit_notes import Looks, Measured, noted
 from coprune.fitting.made_model import is_file_of
-from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few
-from coprune.fitting.score import DENSE_SOUND, answer_text
-from coprune.fitting.tasks import METRICS_OF, Task
+from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few, verdict_of
+from coprune.fitting.score import DENSE_SOUND
+from coprune.fitting.tasks import Task
 from coprune.fitting.team import Team, places_ahead
 from coprune.fitting.type_mixtures import has_time, mixtures
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop
@@ -40,6 +41,8 @@ _RUNGS = (8, 4, 2, 1)
 _FIRST = "q4_k_m"
 """Type to try first."""
 _ALIGN = 64
+_SLOW = 0.5
+"""Share of the time left that one plain quant may take before other candidates were tried."""
 _GAIN = 0.01
 """Minimum relative saving over the given model; with less, the given model is returned."""
 
@@ -65,6 +68,7 @@ class Search:
         for condition, task in self._pairs():
             self._least[task.key] = max(self._least[task.key], condition.least_items() or 0)
         self.untried: list[Candidate] = []
+        self._interrupted: list[Candidate] = []  # before they were made
 
     def measure_dense(self) -> Measured:
         """Measure the dense model on both halves. Raises BadInput if it is no better than chance, or items are too few."""
@@ -76,33 +80,13 @@ class Search:
                 f"the dense model cannot be measured: {found.refused}", field="model", value=self.workshop.asked.model
             )
         for task in self.tasks:
-            self._refuse_chance(task, found)
+            refuse_chance(self.workshop, task, found)
         for condition, task in self._pairs():
             figures = found.of(task, condition.metric, task.apart(task.unseen))
             refuse_few(condition, task, figures)
             self.workshop.reporter.say(f"Dense: {condition.metric} {fmean(figures):.3f} on {task.name}")
         self.workshop.collect(self.tasks, self.budget.own)
         return found
-
-    def _refuse_chance(self, task: Task, dense: Measured) -> None:
-        if "accuracy" not in METRICS_OF[task.kind]:
-            return
-        places = task.apart([*task.seen, *task.unseen])
-        right = dense.of(task, "accuracy", places)
-        share = sum(right) / len(right)
-        if task.kind == "answer" and not any(right):
-            item, making = task.items[places[0]], self.workshop.making
-            reader = making.reader(making.file(EXACT_DENSE), DENSE)
-            cause = f"none of the dense model's {len(right)} answers to {task.name} matches"
-            said = (
-                f"{answer_text(reader, item).strip()[:60]!r} was written where {item.regex or item.answer!r} is right"
-            )
-            raise BadInput(cause, field="task", value=task.name, fix=f"{said}; give examples in the prompt, or a regex")
-        if task.kind == "choice" and not Share(sum(right), 0, 0, len(right)).is_above(task.chance):
-            what = f"the dense model's accuracy on {task.name}, {share:.3f} of {len(right)} items,"
-            cause = f"{what} is not proven to be above chance ({task.chance:.3f})"
-            fix = "there is nothing to keep: take another model, prompts that it understands, or more items"
-            raise BadInput(cause, field="task", value=task.name, fix=fix)
 
     def _pairs(self) -> list[tuple[Condition, Task]]:
         return [*pairs(self.wish.conditions, self.tasks)]
@@ -117,26 +101,31 @@ class Search:
             said = f"{found.bytes / 1e6:.1f} MB, {verdict_of(held)} ({margin})"
         self.workshop.reporter.say_once(f"{candidate.name}: {said}")
 
-    def _has_time(self, candidate: Candidate) -> bool:
-        """Return whether the budget has time for a candidate and for the final test afterwards."""
-        proof = self.budget.proof(_chain([*self._all_kept, candidate]))
-        enough = self.budget.expected(candidate, [*self.tried]) + proof <= self.budget.left
+    def _has_time(self, candidate: Candidate, share: float = 1.0) -> bool:
+        """Return whether the budget has time for a candidate and for the final test afterwards.
+
+        share: of the time before that test, which the candidate may take.
+        """
+        left = self.budget.left - self.budget.proof(_chain([*self._all_kept, candidate]))
+        enough = self._expected(candidate) <= share * left
         return not self.tried or enough or not self._is_new(candidate, self._seen())
 
+    def _expected(self, candidate: Candidate) -> float:
+        return self.budget.expected(candidate, [*self.tried, *self._interrupted])
+
     def _measure(
-        self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], ahead: Sequence[Candidate]
+        self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], ahead: Sequence[Candidate], share: float = 1.0
     ) -> Measured:
-        """Measure a candidate, and in other workers those that may be needed next."""
+        """Measure a candidate, and in other workers those that may be needed next. share: of the time left."""
         anew = [one for one in (candidate, *ahead) if self._is_new(one, wanted)]
         if candidate in anew:
             self.workshop.note_rest()
+            kept = self._all_kept  # once there is one, time is reserved to prove it
+            until = self.budget.until(self.budget.proof(_chain(kept)), share) if kept else math.inf
             if self._team.alone:
-                # Once a candidate has passed, time is reserved to prove it.
-                kept = self._all_kept
-                until = self.budget.until(self.budget.proof(_chain(kept))) if kept else math.inf
                 self.workshop.measure(candidate, wanted, until)
             else:
-                self._team.measure(self.workshop, anew, wanted)
+                self._team.measure(self.workshop, anew, wanted, until)
                 self.workshop.note_rest(counts=False)
         self.tried[candidate] = self.workshop.known(candidate)
         return self.tried[candidate]
@@ -189,10 +178,14 @@ class Search:
         return {} if cut == DENSE else {task.name: [*getattr(task, half)] for task in self._writing}
 
     def _tried_on(
-        self, candidate: Candidate, best: Candidate | None, ahead: Sequence[Candidate]
+        self, candidate: Candidate, best: Candidate | None, ahead: Sequence[Candidate], share: float = 1.0
     ) -> Literal["kept", "lost", "no cheaper", "refused", "late"]:
         """Make a candidate and measure it on more and more of the seen items, until the verdict is clear."""
-        if self._measure(candidate, {}, ahead).refused:
+        found = self._measure(candidate, {}, ahead, share)
+        if not found.bytes and not found.refused:
+            self._interrupted.append(candidate)
+            return "late"
+        if found.refused:
             return "refused"
         if best is not None and self.cost(candidate) >= self.cost(best):
             return "no cheaper"
@@ -233,7 +226,12 @@ class Search:
             return False
 
     def _halve(
-        self, pool: Sequence[Candidate], first: int | None = None, one: bool = False, plain: bool = False
+        self,
+        pool: Sequence[Candidate],
+        first: int | None = None,
+        one: bool = False,
+        plain: bool = False,
+        share: float = 1.0,
     ) -> None:
         """Find the cheapest candidate of a pool that meets all requirements, by binary search.
 
@@ -245,6 +243,7 @@ class Search:
             first: index to begin with; by default the middle.
             one: whether to stop at the first that passes.
             plain: whether to compare with the best plain quant.
+            share: of the time left, which a candidate may take.
         """
         low, high, left, lost = 0, len(pool), list(pool), list[Candidate]()
         types = [one.type for one in self._plain()]
@@ -256,16 +255,19 @@ class Search:
                 said = "no cheaper"
             elif any(other.spares(candidate, types) for other in self._lost):
                 said = "lost"
-            elif self._has_time(candidate):
+            elif self._has_time(candidate, share):
                 ahead = [left[next] for next in places_ahead(low, place, high, self._team.count)[1:]]
-                said = self._tried_on(candidate, best, ahead)
+                said = self._tried_on(candidate, best, ahead, share)
             else:  # others of the pool may be made faster: i-quants take several times as long
                 self.untried.append(candidate)
                 said = "skipped"
             if said == "late":
-                self.untried += [candidate, *(other for other in left[low:high] if other != candidate)]
+                self.untried.append(candidate)
                 lost += [candidate] if self.tried.pop(candidate, None) else []
-                break
+                if share == 1:
+                    self.untried += [other for other in left[low:high] if other != candidate]
+                    break
+                said = "skipped"
             if candidate in self.tried:
                 self._report(candidate, self.judged_so_far(candidate), "seen")
             if said == "kept":
@@ -324,11 +326,13 @@ class Search:
         # If the embedding tables are larger than the blocks, storing only them in fewer bits saves more than the smallest type.
         fewer = bits(first)
         large_tables = not fewer or self.workshop.bytes_of(fewer[-1]) < self.workshop.bytes_of(plain[-1])
-        self._halve(plain, plain.index(first), one=large_tables)
+        self._halve(plain, plain.index(first), one=large_tables, share=_SLOW)
         if not self._can_cut:
             self.workshop.reporter.say("Too few items to tell whether a model still writes: no parts or tokens are cut")
         for step in self.workshop.asked.step if self._can_cut else ():
             self._halve([one.of(Cut((step,))) for one in plain])
+        if not self._kept:
+            self._halve_slow(plain)
         if not self._kept:  # even the largest quant failed, so smaller ones would too
             return
         largest, smallest = self._kept[0], self._kept[-1]
@@ -341,8 +345,15 @@ class Search:
                 base = base if self._kept[-1] == before else self._kept[-1]
         if large_tables:  # perhaps too large to win, but the result is compared with them
             self._halve(plain[plain.index(largest) + 1 :], plain=True)
+        self._halve_slow(plain)
         for amounts in STRUCTURES:
             self._halve(self._structures(self._kept[-1], amounts))
+
+    def _halve_slow(self, plain: Sequence[Candidate]) -> None:
+        """Search the plain quants that were skipped, with all the time left."""
+        skipped = [one for one in plain if one in self.untried]
+        self.untried = [one for one in self.untried if one not in skipped]
+        self._halve(skipped)
 
     def _plain(self) -> list[Candidate]:
         """Return the quants of the dense model, descending in size."""
@@ -423,9 +434,13 @@ class Search:
         for place, candidate in enumerate(chain):
             asked = unseen | self._continued("unseen", candidate.cut)
             after = self.budget.proof([candidate, *(one for one in chain[place + 1 :] if one in least)])
-            made = 0.0 if candidate in self.tried else self.budget.expected(candidate, [*self.tried])
+            made = 0.0 if candidate in self.tried else self._expected(candidate)
             late = made + after > self.budget.left
             if surest and late and candidate not in least and self._is_new(candidate, asked):
+                unproven.append(candidate)
+                continue
+            found = self.workshop.measure(candidate, {}, self.budget.until(after) if surest else math.inf)
+            if not found.bytes and not found.refused:  # its quantisation took longer than expected
                 unproven.append(candidate)
                 continue
             self.tried[candidate] = self.workshop.measure(candidate, asked)
@@ -479,9 +494,3 @@ def _best_plain(kept: Sequence[Candidate]) -> Candidate | None:
 def _chain(kept: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates for which proof time is always reserved: the largest, the best plain quant, and the two best."""
     return [*dict.fromkeys(one for one in (*kept[:1], _best_plain(kept), *kept[-2:]) if one is not None)]
-
-
-def verdict_of(held: Sequence[Held]) -> Verdict:
-    """Combine the verdicts of all conditions."""
-    said = {one.verdict for one in held}
-    return next((one for one in (Verdict.LOST, Verdict.OPEN) if one in said), Verdict.KEPT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ class Measuring:
     wanted: tuple[tuple[str, tuple[int, ...]], ...]
     """Indices of items by task."""
     threads: int
+    seconds: float = math.inf
+    """Time limit."""
     gpu: bool = False
     memory: int | None = 0
     """No memory is reserved, since the user sets the number of parallel candidates."""
@@ -39,7 +43,9 @@ class Measuring:
     def do(self) -> Measured:
         """Make and measure the candidate."""
         wanted = {name: [*places] for name, places in self.wanted}
-        return Workshop(self.folder, self.asked, Reporter(quiet=True)).measure(self.candidate, wanted)
+        return Workshop(self.folder, self.asked, Reporter(quiet=True)).measure(
+            self.candidate, wanted, time.perf_counter() + self.seconds
+        )
 
 
 class Team:
@@ -59,14 +65,24 @@ class Team:
         """Whether candidates are measured one after another in this process."""
         return self._workers is None
 
-    def measure(self, workshop: Workshop, pool: Sequence[Candidate], wanted: Mapping[str, Sequence[int]]) -> None:
-        """Measure candidates. Raises CopruneError if one failed or repeatedly lost its process."""
+    def measure(
+        self,
+        workshop: Workshop,
+        pool: Sequence[Candidate],
+        wanted: Mapping[str, Sequence[int]],
+        until: float = math.inf,
+    ) -> None:
+        """Measure candidates. Raises CopruneError if one failed or repeatedly lost its process.
+
+        until: deadline as for `Workshop.measure`.
+        """
         assert self._workers is not None
         self._workers.at_once = self.count
         cores = self._workers.capacity
         threads = max(1, min(cores.cores_each, cores.cores // self.count))
         folder, places = workshop.folder.absolute(), tuple((name, tuple(own)) for name, own in wanted.items())
-        jobs = [Measuring(folder, workshop.asked, candidate, places, threads) for candidate in pool]
+        left = until - time.perf_counter()
+        jobs = [Measuring(folder, workshop.asked, candidate, places, threads, left) for candidate in pool]
         with workshop.reporter.bar(f"{len(jobs)} candidates", len(jobs)) as advance:
             for job, ended in run_all(jobs, self._workers, _RETRIES):
                 advance(not ended.again)

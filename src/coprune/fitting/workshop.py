@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import RootModel
 
+from coprune.base.child import OutOfTime
 from coprune.base.errors import (
     BadInput,
     BrokenMask,
@@ -136,7 +137,8 @@ class Workshop:
     def measure(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], until: float = math.inf) -> Measured:
         """Make a candidate if needed, and measure its missing items. Raises CopruneError on a temporary failure.
 
-        wanted: indices of items by task. until: deadline in `time.perf_counter()`, after which no item is started.
+        wanted: indices of items by task. until: deadline in `time.perf_counter()`, after which no item is started; a
+        quantisation is interrupted, and the candidate then has no bytes.
         """
         if not self._missing(candidate, wanted)[1]:
             return self.known(candidate)
@@ -155,7 +157,10 @@ class Workshop:
     def _measure(self, candidate: Candidate, missing: Mapping[str, Sequence[int]], until: float) -> None:
         found, mark = self.known(candidate), self.making.clock.mark()
         try:
-            file = self.making.file(candidate)
+            file = self.making.file(candidate, until)
+        except OutOfTime:
+            self.making.note(self.making.interrupted(candidate), mark)
+            return
         except CopruneError as error:
             refused = found.model_copy(update={"refused": str(error)})
             if _lacks_memory(error):  # not a property of the candidate: the search continues without it

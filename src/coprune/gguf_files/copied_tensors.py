@@ -8,6 +8,7 @@ target type, so its source takes these tensors from an earlier file. The bytes w
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ class Quant:
     source: Path
 
 
-def quantize_beside(earlier: Sequence[Quant], source: Path, target: Path, asked: Quantisation) -> None:
+def quantize_beside(
+    earlier: Sequence[Quant], source: Path, target: Path, asked: Quantisation, until: float = math.inf
+) -> None:
     """Quantise a float16 file to the same bytes as `quantize`, copying tensors from earlier quants.
 
     Args:
@@ -38,19 +41,21 @@ def quantize_beside(earlier: Sequence[Quant], source: Path, target: Path, asked:
         source: as for `quantize`.
         target: as for `quantize`; a temporary file is created beside it.
         asked: as for `quantize`.
+        until: as for `quantize`.
 
     Raises:
         BadInput: llama.cpp reports an error, or a file cannot be read.
+        OutOfTime: the deadline has passed.
     """
     own = _tensors(source) if earlier else {}
     known = _known(source, own, planned_types(source, asked), earlier) if earlier else {}
     if not known:
-        quantize(source, target, asked)
+        quantize(source, target, asked, until)
         return
     mixed = target.with_name(f"{target.name}.mixed")
     try:
         _write(mixed, source, own, known)
-        quantize(mixed, target, asked)
+        quantize(mixed, target, asked, until)
     finally:
         mixed.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import math
 import platform
 import re
 import sys
@@ -142,19 +143,21 @@ def type_number(name: str) -> int:
     return int(_library()[0].typeof("enum ggml_type").relements[f"GGML_TYPE_{name.upper()}"])
 
 
-def quantize(source: Path, target: Path, asked: Quantisation) -> None:
+def quantize(source: Path, target: Path, asked: Quantisation, until: float = math.inf) -> None:
     """Quantise a float16 file with llama.cpp, in a child process, since signals cannot interrupt this call for minutes.
 
     Args:
         source: the file.
         target: the new file.
         asked: types and importance.
+        until: deadline in `time.perf_counter()`.
 
     Raises:
         BadInput: llama.cpp reports an error.
         LostProcess: the child was killed.
+        OutOfTime: the deadline has passed.
     """
-    interruptible(partial(_quantizing, source, target, asked, dry=False))
+    interruptible(partial(_quantizing, source, target, asked, dry=False), until)
 
 
 def _quantizing(source: Path, target: Path, asked: Quantisation, dry: bool) -> str:
