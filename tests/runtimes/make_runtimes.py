@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
+import textwrap
 import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +24,14 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from runtimes.models import FAMILIES, Tried, real, small
+from runtimes.models import FAMILIES, QUANTISED, Tried, dense_name, real, small
 from runtimes.runtime_table import REAL, ROWS, Row, read_rows, write_page, write_rows
 
 ROOT = Path(__file__).parents[2]
 READERS = Path(__file__).with_name("readers")
-GREEDY, CLOSE = 16, 1e-3
-"""Number of generated tokens, and the largest difference of log-probabilities that counts as equal."""
+GREEDY, CLOSE, ROUNDED = 16, 1e-3, 2e-2
+"""Number of generated tokens, and the largest difference of log-probabilities that counts as equal: in float32, and for quantised
+models, whose runtimes compute in half precision."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("models", nargs="*", default=[*FAMILIES, REAL])
+    parser.add_argument("models", nargs="*", default=[*FAMILIES, REAL, *QUANTISED])
     parser.add_argument("--runtimes", nargs="+", default=[one.name for one in RUNTIMES])
     parser.add_argument("--environments", type=Path, default=ROOT / "out" / "runtimes" / "environments")
     parser.add_argument("--folders", type=Path, default=ROOT / "out" / "runtimes" / "folders")
@@ -83,7 +86,7 @@ def _options() -> argparse.Namespace:
 
 def _tried(name: str, options: argparse.Namespace) -> Iterator[Tried]:
     others = dict(one.split("=", 1) for one in options.model)
-    if name in FAMILIES:
+    if (dense_name(name) or name) in FAMILIES:
         return small(name, options.folders)
     return real(name, ({REAL: REAL} | others)[name], options.folders)
 
@@ -154,7 +157,7 @@ def _row(one: Tried, runtime: str, answer: dict[str, Any], own: dict[str, Any]) 
     differences = [abs(value - own["logprobs"][token]) for token, value in _best(answer["logprobs"])]
     difference = max(differences) if all(map(math.isfinite, differences)) else math.inf
     reason = ""
-    if difference > CLOSE:
+    if difference > (ROUNDED if dense_name(one.model) else CLOSE):
         reason = "other log-probabilities"
     elif answer["written"] != own["written"]:
         reason = "another greedy text"
@@ -166,7 +169,9 @@ def _best(logprobs: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def _short(error: str) -> str:
-    return " ".join(error.split())[:300]
+    """Return an error in whole words; a list of names is given by its first, without their count."""
+    names = re.compile(r"(?:\d+ )?([^:\d]*:\s+[\w.]+)(?:,\s+[\w.]+)+\.?")
+    return textwrap.shorten(names.sub(r"\1, …", error), 250, placeholder=" …")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import coprune
@@ -17,6 +20,7 @@ from coprune.model.checkpoint.older_keys import add_older_keys
 from runtimes.runtime_table import SOURCE, ZEROS
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save
+from support.quantised import Format, compressed, fp8_channel, int4, quantise
 
 TOKENS, PROMPT = 24, "The capital of France is Paris, and that of Italy is"
 _SHAPE: dict[str, Any] = dict(
@@ -69,6 +73,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
 }
 """Shape settings by model type, with heads of 64, the smallest that vLLM's CPU kernels support."""
+_TOKEN: dict[str, Any] = dict(num_bits=8, type="float", strategy="token", dynamic=True, symmetric=True)
+FORMS = {
+    "fp8": Format(
+        fp8_channel, compressed("float-quantized", _TOKEN, **(_TOKEN | dict(strategy="channel", dynamic=False)))
+    ),
+    "int4": Format(
+        partial(int4, group=32),
+        compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=True),
+    ),
+}
+"""Formats of compressed-tensors: the last part of the names of quantised models."""
+QUANTISED = ("llama-fp8", "llama-int4", "qwen3_moe-fp8", "qwen3_moe-int4", "smollm2-135m-fp8", "smollm2-135m-int4")
 SHARES = {"channels": "channels=0.33", "heads": "heads=0.5", "blocks": "blocks=0.25", "experts": "experts=0.25"}
 
 
@@ -85,27 +101,44 @@ class Tried:
     """Context of the compared next token."""
 
 
-def small(family: str, into: Path) -> Iterator[Tried]:
+def small(name: str, into: Path) -> Iterator[Tried]:
     """Make a small random model and its cuts, keeping existing ones."""
-    source = into / family / SOURCE
+    source = into / name / SOURCE
     if not source.exists():
-        save(pico_model(family, **(_SHAPE | FAMILIES[family])), source)
-        _as_on_the_hub(source)
+        if dense := dense_name(name):
+            _quantise(next(small(dense, into)).folder, name, source)
+        else:
+            save(pico_model(name, **(_SHAPE | FAMILIES[name])), source)
+            _as_on_the_hub(source)
     tokens = random.Random(0).choices(range(3, 256), k=TOKENS)
-    yield Tried(family, SOURCE, source, tokens)
+    yield Tried(name, SOURCE, source, tokens)
     for part, asked in {
         **{part: {"remove": share} for part, share in SHARES.items()},
         ZEROS: {"pattern": ZEROS, "method": "wanda"},
     }.items():
-        if (folder := _cut(source, into / family / part, dataset=pico_tokens(8), **asked)) is not None:
-            yield Tried(family, part, folder, tokens)
+        if (folder := _cut(source, into / name / part, dataset=pico_tokens(8), **asked)) is not None:
+            yield Tried(name, part, folder, tokens)
+
+
+def dense_name(name: str) -> str:
+    """Return the name of the dense model that a quantised one is made from; "" for others."""
+    dense, _, form = name.rpartition("-")
+    return dense if form in FORMS else ""
+
+
+def _quantise(dense: Path, name: str, source: Path) -> None:
+    with TemporaryDirectory() as made:
+        quantise(shutil.copytree(dense, Path(made) / SOURCE), source, FORMS[name.rpartition("-")[2]])
 
 
 def real(name: str, model: str, into: Path) -> Iterator[Tried]:
     """Make the folder of a real model and its cuts."""
     source = into / name / SOURCE
-    where = locate(model)
-    if not source.exists():
+    if dense := dense_name(name):
+        if not source.exists():
+            _quantise(next(real(dense, model, into)).folder, name, source)
+    elif not source.exists():
+        where = locate(model)
         with quiet_transformers():
             loaded, _ = load_model(where, processed=False)
             loaded.save_pretrained(source)

@@ -21,6 +21,10 @@ runtimes that serve models, on a CPU. ✓ means that the log-probabilities of th
 folder by at most 0.001, and that sixteen greedy tokens are the same. A number refers to what the runtime said, below. – means
 that coprune removes no such part of this model. Where the whole model has a number, the fault is not the cut's.
 
+`-fp8` and `-int4` are formats of compressed-tensors, from which [parts are removed as they are](quantised.md). vLLM computes with
+INT4 in float16, so differences from the decoded weights up to 0.02 count as the same. In FP8 it rounds the inputs of every
+layer as well, as the configuration asks.
+
 `make runtimes` makes an environment for each of them, since each pins its own torch, and writes this page ({size}).
 `coprune prune` says before it removes a part which of these runtimes refused it in the same family.
 """
@@ -155,7 +159,7 @@ def page(rows: Sequence[Row], size: str) -> str:
         lines.append(f"\n## {NAMES[runtime]} {version}\n\n| models | whole | {' | '.join(parts[1:])} |")
         lines.append("| --- |" + " --- |" * len(parts))
         alike: dict[str, list[str]] = {}
-        for model in models:
+        for model in (one for one in models if any((one, part, runtime) in found for part in parts)):
             cells = [_cell(found.get((model, part, runtime)), reasons) for part in parts]
             alike.setdefault(" | ".join(cells), []).append(model)
         lines += [f"| {', '.join(names)} | {cells} |" for cells, names in alike.items()]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +100,10 @@ def int4_asymmetric(weight: Tensor) -> Encoded:
     return stored | {".weight_zero_point": _words((zeros + 8).T).T}, (codes - points) * whole
 
 
-def int4(weight: Tensor) -> Encoded:
+def int4(weight: Tensor, group: int = GROUP) -> Encoded:
     """Encode as compressed-tensors pack-quantized, symmetric."""
-    scales = (_largest(weight, 1, GROUP) / 7).bfloat16()
-    whole = _spread(scales.float(), 1, GROUP, weight.shape)
+    scales = (_largest(weight, 1, group) / 7).bfloat16()
+    whole = _spread(scales.float(), 1, group, weight.shape)
     codes = (weight / whole).round().clamp(-8, 7)
     fields = (codes.long() + 8).unflatten(1, (-1, 8)) << (4 * torch.arange(8))
     words = fields.sum(dim=-1).numpy().astype("uint32").view("int32")
@@ -164,27 +165,34 @@ class Format:
     weights: str = r"model\.layers\..*(proj|experts.*)\.weight"
 
 
-def _compressed(form: str, **weights: Any) -> dict[str, Any]:
-    groups = {"group_0": {"targets": ["Linear"], "format": form, "weights": weights}}
-    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
+def compressed(form: str, inputs: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
+    """Return a configuration of compressed-tensors. inputs: how servers quantise activations."""
+    group = {"targets": ["Linear"], "format": form, "weights": weights}
+    groups = {"group_0": group if inputs is None else group | {"input_activations": inputs}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": groups,
+        "ignore": ["lm_head", r"re:.*mlp\.gate$"],
+    }
 
 
 FORMATS = {
     "fp8 block": Format(fp8_block, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}),
-    "fp8 channel": Format(fp8_channel, _compressed("float-quantized", num_bits=8, type="float", strategy="channel")),
+    "fp8 channel": Format(fp8_channel, compressed("float-quantized", num_bits=8, type="float", strategy="channel")),
     "fp8 tensor": Format(fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
-    "int4": Format(int4, _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP)),
+    "int4": Format(int4, compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP)),
     "int4 asymmetric": Format(
-        int4_asymmetric, _compressed("pack-quantized", num_bits=4, type="int", group_size=GROUP, symmetric=False)
+        int4_asymmetric, compressed("pack-quantized", num_bits=4, type="int", group_size=GROUP, symmetric=False)
     ),
     "int8 asymmetric": Format(
-        int8_asymmetric, _compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False)
+        int8_asymmetric, compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False)
     ),
     "fp8 asymmetric": Format(
-        fp8_asymmetric, _compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=False)
+        fp8_asymmetric, compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=False)
     ),
     "mxfp4": Format(mxfp4, {"quant_method": "mxfp4"}, r"model\.layers\..*experts\.(gate_up|down)_proj"),
-    "nvfp4": Format(nvfp4, _compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group")),
+    "nvfp4": Format(nvfp4, compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group")),
     "nvfp4 modelopt": Format(nvfp4_modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
 }
 
@@ -233,9 +241,13 @@ READ_ONLY = {
 
 def quantised_pico(folder: Path, form: str, family: str, **changes: Any) -> tuple[Path, Path]:
     """Save a quantised pico model, and the dense model that it decodes to; return both folders."""
-    how, dense, quantised = {**FORMATS, **READ_ONLY}[form], folder / "dense", folder / "quantised"
-    save_pico(dense, family, **changes)
-    save_pico(quantised, family, **changes)
+    dense = save_pico(folder / "dense", family, **changes)
+    return quantise(dense, folder / "quantised", {**FORMATS, **READ_ONLY}[form]), dense
+
+
+def quantise(dense: Path, quantised: Path, how: Format) -> Path:
+    """Save a quantised copy of a folder, and replace the folder's weights by those that it decodes to; return the copy."""
+    shutil.copytree(dense, quantised)
     config = json.loads((quantised / "config.json").read_text())
     (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": how.config}))
     weight_map: dict[str, str] = {}
@@ -255,4 +267,4 @@ def quantised_pico(folder: Path, form: str, family: str, **changes: Any) -> tupl
     index = quantised / "model.safetensors.index.json"
     if index.is_file():
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return quantised, dense
+    return quantised

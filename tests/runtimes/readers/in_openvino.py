@@ -19,7 +19,7 @@ def read(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
     first = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float().log_softmax(-1)
     model.request.reset_state()
     answer = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, do_sample=False
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, eos_token_id=None, do_sample=False
     )
     return {"logprobs": dict(enumerate(first.tolist())), "written": answer[0, len(tokens) :].tolist()}
 

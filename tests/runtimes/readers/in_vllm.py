@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 # In this process, to get its own error instead of a message that the engine ended.
@@ -18,10 +19,12 @@ from vllm.distributed import destroy_distributed_environment, destroy_model_para
 
 def read(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
     """Return the five largest log-probabilities of the next token and the tokens of a greedy continuation."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     try:
         model = LLM(
             model=folder,
-            dtype="float32",
+            # Kernels for integer codes take no float32.
+            dtype="float16" if "quantization_config" in config else "float32",
             enforce_eager=True,
             max_model_len=128,
             max_num_seqs=4,
