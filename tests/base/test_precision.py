@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coprune.base.errors import NumericalError
-from coprune.base.precision import full_float32, total
+from coprune.base.precision import full_float32, held_in_bfloat16, total
 
 
 def test_precision_is_put_back() -> None:
@@ -33,3 +33,13 @@ def test_total_sums_in_float64(rows: int, width: int, scale: float, seed: int) -
     exact, found = values.double(), total(values)
     assert found.dtype == torch.float64
     assert abs(float(found - exact.sum())) <= 1e-13 * float(exact.abs().sum())
+
+
+def test_parameters_in_bfloat16_come_back_unrounded() -> None:
+    norm = torch.nn.BatchNorm1d(3)  # with buffers, of which one counts
+    one = torch.nn.init.normal_(norm.weight).data.clone()
+    with held_in_bfloat16(norm):
+        assert norm.weight.dtype == norm.bias.dtype == torch.bfloat16
+        assert norm.running_mean is not None
+        assert norm.running_mean.dtype == torch.float32
+    assert torch.equal(norm.weight, one)

@@ -27,6 +27,12 @@ pytestmark = pytest.mark.usefixtures("whole_answers")
 SETTINGS: dict[str, Any] = {"seqlen": 16, "nsamples": 4, "evaluate": False, "layer_error": False, "quiet": True}
 
 
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let float32 models answer in float32, as `eval` lets them."""
+    monkeypatch.setattr(run_answers, "multiplies_bfloat16", lambda device: False)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model, a text, and a prompt."""
@@ -164,6 +170,7 @@ def test_a_model_without_a_tokenizer_gives_no_answers(tmp_path: Path) -> None:
         coprune.prune(pico_model("llama"), "magnitude", dataset=tokens, require="loops<3", **SETTINGS)
 
 
+@pytest.mark.usefixtures("unrounded")
 @pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_without_some_blocks_answers_as_saved(inside: Path, tmp_path: Path, stream: bool) -> None:
     report = coprune.prune(
@@ -261,6 +268,7 @@ def test_a_run_that_fine_tunes_reports_the_fine_tuned_model(tuned: Any, tmp_path
     assert '<div class="tag tuned">fine-tuned' in page
 
 
+@pytest.mark.usefixtures("unrounded")
 def test_the_gate_after_fine_tuning_compares_with_the_dense_model(tuned: Any, tmp_path: Path) -> None:
     ended, report = tuned("--no-stream")
     assert ended.code == 0, ended.err

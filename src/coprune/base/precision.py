@@ -13,6 +13,7 @@ from coprune.base.devices import capability, in_host_memory
 
 _TILE = 1 << 20
 """Entries that are copied at a time: 8 MiB in float64."""
+_HELD = {torch.float32, torch.bfloat16}
 SLOW_IN_BFLOAT16 = "This processor multiplies bfloat16 numbers slowly."
 
 
@@ -43,6 +44,26 @@ def held_in_float32(module: nn.Module) -> Iterator[None]:
     finally:
         for tensor, dtype in zip(tensors, dtypes, strict=True):
             tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
+def held_in_bfloat16(module: nn.Module) -> Iterator[None]:
+    """Hold float32 parameters in bfloat16 in the body, and compute in it; buffers stay, since positions need precision."""
+    originals = hold_in(torch.bfloat16, module)
+    try:
+        yield
+    finally:
+        for parameter, original in originals:
+            parameter.data = original
+
+
+def hold_in(dtype: torch.dtype, module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Convert float32 or bfloat16 parameters, except those that stay in their files; return what was there."""
+    swapped = [one for one in module.parameters() if one.dtype in _HELD - {dtype} and type(one.data) is Tensor]
+    originals = [(one, one.data) for one in swapped]
+    for one in swapped:
+        one.data = one.data.to(dtype)
+    return originals
 
 
 def total(values: Tensor) -> Tensor:

@@ -188,13 +188,14 @@ def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> 
     return key_of("answers", 3, **facts)
 
 
-def kept_answers(model: ModelPart, plan: Plan, answer: Callable[[], Answers]) -> Answers:
+def kept_answers(model: ModelPart, plan: Plan, answer: Callable[[], Answers], **more: str) -> Answers:
     """Return the answers of a model in files, from the user's store or newly generated.
 
     Args:
         model: names the model.
         plan: the prompts and settings.
         answer: generates the answers.
+        more: anything else that determines them.
     """
     digest = model_digest(locate(model.name, model.cache_dir).path)
-    return Store.of_user().get(answers_key(digest, model, plan), Answers, answer)
+    return Store.of_user().get(answers_key(digest, model, plan, **more), Answers, answer)

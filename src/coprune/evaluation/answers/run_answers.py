@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import torch
+
+from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput, CopruneError, UnsupportedModel
+from coprune.base.memory import available_bytes
+from coprune.base.precision import held_in_bfloat16, multiplies_bfloat16
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
 from coprune.evaluation.answers.answer_facts import AnswerFacts, Reference, facts_of
@@ -13,7 +19,7 @@ from coprune.evaluation.answers.answer_records import Along, Answers
 from coprune.evaluation.answers.questions import Plan, Questions, questions_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from coprune.model.loaded_model import Loaded
     from coprune.recipe.parts import ModelPart
@@ -33,6 +39,8 @@ class Look:
         self._model = dense
         self._reference = reference
         self._questions: Questions | None = None
+        self.rounds = False
+        """Whether a float32 model answers in bfloat16."""
         self._rows: KeptRows | None = None
         self._along: Along | None = None
         self.dense: Answers | None = None
@@ -55,6 +63,7 @@ class Look:
             return
         try:
             self._questions = _questions(self._plan, loaded)
+            self.rounds = _rounds(loaded, self._plan)
         except BadInput as error:
             if self._plan.is_asked:
                 raise
@@ -76,11 +85,12 @@ class Look:
             return
 
         def answer() -> Answers:
-            with loaded.whole(reporter) as model:
-                return ask(model, tokenizer, questions, reporter, batch_size)
+            with loaded.whole(reporter, self.rounds) as model:
+                return self._ask(model, tokenizer, questions, reporter, batch_size)
 
+        rounded = {"rounded": "bfloat16"} if self.rounds else {}
         try:
-            self.dense = answer() if self._model is None else kept_answers(self._model, questions.plan, answer)
+            self.dense = kept_answers(self._model, questions.plan, answer, **rounded) if self._model else answer()
         except UnsupportedModel as error:
             if questions.plan.is_asked:
                 raise
@@ -101,7 +111,7 @@ class Look:
         if self._questions is None or loaded.tokenizer is None:
             return
         try:
-            self.answers = ask(model, loaded.tokenizer, self._questions, reporter, batch_size)
+            self.answers = self._ask(model, loaded.tokenizer, self._questions, reporter, batch_size)
         except UnsupportedModel as error:
             if self._questions.plan.is_asked:
                 raise
@@ -110,6 +120,17 @@ class Look:
         if self._rows is not None and self.dense is not None:
             self._along = divergence(self._rows, rows_along(model, self._questions, self.dense))
 
+    def _ask(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Questions,
+        reporter: Reporter,
+        batch_size: int | None,
+    ) -> Answers:
+        with held_in_bfloat16(model) if self.rounds else nullcontext():
+            return ask(model, tokenizer, questions, reporter, batch_size)
+
     def facts(self) -> AnswerFacts | None:
         """Return both models' answers side by side, or None until the second has answered."""
         if self._questions is None or self.answers is None:
@@ -117,6 +138,18 @@ class Look:
         prompts = self._questions.plan.prompts.texts
         facts = facts_of(self._questions.asked, prompts, (self.dense, self.answers), self._along)
         return facts.model_copy(update={"reference": self._reference})
+
+
+def _rounds(loaded: Loaded, plan: Plan) -> bool:
+    """Return whether a float32 model answers in bfloat16: on a CPU that is fast in it, unless the user asked for answers.
+
+    Half the time or less suffices then to see whether answers loop. A model in memory has to fit twice.
+    """
+    if plan.is_asked or loaded.model.dtype != torch.float32 or not in_host_memory(loaded.device):
+        return False
+    available, needed = available_bytes(), sum(parameter.nbytes for parameter in loaded.model.parameters()) // 2
+    fits = loaded.weights.streams or available is None or needed <= available // 2
+    return fits and multiplies_bfloat16(loaded.device)
 
 
 def _questions(plan: Plan, loaded: Loaded) -> Questions:
