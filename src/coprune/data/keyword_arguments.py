@@ -418,8 +418,11 @@ class ExportArguments(TypedDict, total=False):
     compensate: bool
     """Round the blocks' matrices column by column, so that later columns compensate for each one's error on the
     dataset (GPTQ): same type and size, closer to the model."""
+    distill: int
+    """Number of tokens of the dataset on which the scales of the quantised blocks are trained toward the model's own
+    outputs: same type and size, closer to the model. 30720 are a good start."""
     dataset: str
-    """Text to calibrate the importance of inputs and the compensation on."""
+    """Text to calibrate the importance of inputs and the compensation on, and to train on."""
     save_imatrix: File | None
     """Also write the importance to this file, in llama.cpp's format."""
     modelfile: bool

@@ -51,8 +51,16 @@ class ExportSettings(BaseModel):
             "error on the dataset (GPTQ): same type and size, closer to the model."
         ),
     ] = False
+    distill: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Number of tokens of the dataset on which the scales of the quantised blocks are trained toward the "
+            "model's own outputs: same type and size, closer to the model. 30720 are a good start.",
+        ),
+    ] = 0
     dataset: Annotated[
-        str, Field(description="Text to calibrate the importance of inputs and the compensation on.")
+        str, Field(description="Text to calibrate the importance of inputs and the compensation on, and to train on.")
     ] = "embedded"
     save_imatrix: Annotated[
         Path | None, Field(description="Also write the importance to this file, in llama.cpp's format.")

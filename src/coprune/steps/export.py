@@ -45,6 +45,7 @@ from coprune.model.removed import Removal
 from coprune.removal.silent_units import Narrow, narrowed
 from coprune.report.run_folder import model_of
 from coprune.steps.round_file import round_file
+from coprune.steps.train_scales import train_scales
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,9 +123,11 @@ def export(
 
         def write(final: Path) -> None:
             written.append(_write(making, type, final, partial(_beside, final), weighing))
+            place, matrices = making.narrow.alike.location, written[-1].matrices
             if settings.compensate:
-                place, matrices = making.narrow.alike.location, written[-1].matrices
                 round_file(final, place, settings.dataset, matrices, reporter)
+            if settings.distill:
+                train_scales(final, place, settings.dataset, settings.distill, matrices, reporter)
 
         write_durably(target, write)
     (whole,) = written
@@ -187,6 +190,9 @@ def _weighing(kind: str, how: ExportSettings) -> Asked:
     if how.compensate and kind in PLAIN:
         cause = f"nothing is rounded in the type {kind}, so compensate has no effect"
         raise BadInput(cause, field="compensate", value=True, fix=LeaveOut("compensate"))
+    if how.distill and kind in PLAIN:
+        cause = f"the type {kind} has no scales, so distill has no effect"
+        raise BadInput(cause, field="distill", value=how.distill, fix=LeaveOut("distill"))
     if named != NONE and kind not in BY_LLAMA_CPP:
         cause = f"an importance matrix has no effect on the type {kind}"
         raise BadInput(cause, field="imatrix", value=named, fix=LeaveOut("imatrix"))
