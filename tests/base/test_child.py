@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coprune.base.child import OutOfTime, interruptible
+from coprune.base.child import OutOfTime, fork, interruptible
 from coprune.base.errors import BadInput, LostProcess
 from support.forking import forked, wait_for
 
@@ -32,13 +32,19 @@ def test_a_killed_child_is_said_to_be() -> None:
         interruptible(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_a_call_is_interrupted_at_its_deadline() -> None:
-    began = time.perf_counter()
+def test_a_call_is_interrupted_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    children, began = list[int](), time.perf_counter()
+
+    def noted() -> int:
+        children.append(fork())
+        return children[-1]
+
+    monkeypatch.setattr("coprune.base.child.fork", noted)
     with pytest.raises(OutOfTime):
         interruptible(lambda: ctypes.CDLL(None).sleep(60), began + 0.2)
     assert time.perf_counter() - began < 20
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)
 
 
 @pytest.mark.parametrize("killed", [True, False])

@@ -48,22 +48,19 @@ def held_in_float32(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def held_in_bfloat16(module: nn.Module) -> Iterator[None]:
-    """Hold float32 parameters in bfloat16 in the body, and compute in it; buffers stay, since positions need precision."""
-    originals = hold_in(torch.bfloat16, module)
+    """Hold float32 parameters in bfloat16 in the body, and compute in it, unless some stay in their files or are quantised.
+
+    Buffers stay in float32, since positions need precision.
+    """
+    plain = all(type(one.data) is Tensor and one.dtype in _HELD for one in module.parameters())
+    originals = [(one, one.data) for one in module.parameters() if plain and one.dtype == torch.float32]
     try:
+        for parameter, original in originals:
+            parameter.data = original.to(torch.bfloat16)
         yield
     finally:
         for parameter, original in originals:
             parameter.data = original
-
-
-def hold_in(dtype: torch.dtype, module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """Convert float32 or bfloat16 parameters, except those that stay in their files; return what was there."""
-    swapped = [one for one in module.parameters() if one.dtype in _HELD - {dtype} and type(one.data) is Tensor]
-    originals = [(one, one.data) for one in swapped]
-    for one in swapped:
-        one.data = one.data.to(dtype)
-    return originals
 
 
 def total(values: Tensor) -> Tensor:

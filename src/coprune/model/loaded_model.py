@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.devices import default_device
 from coprune.base.errors import BadInput
-from coprune.base.precision import SLOW_IN_BFLOAT16, hold_in, multiplies_bfloat16
+from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut, Set, say
 from coprune.model.bare_configuration import Imagined
@@ -80,8 +80,8 @@ class Loaded:
         return f"the whole model takes {needed / GIB:.1f} GiB {where}, too much of the {available / GIB:.1f} GiB that are free"
 
     @contextmanager
-    def whole(self, reporter: Reporter, rounded: bool = False) -> Iterator[PreTrainedModel]:
-        """Hold the whole model in memory in the body, reading a streamed model's blocks, in bfloat16 if they are `rounded`."""
+    def whole(self, reporter: Reporter) -> Iterator[PreTrainedModel]:
+        """Hold the whole model in memory in the body, reading a streamed model's blocks."""
         if not self.weights.streams:
             yield self.model
             return
@@ -90,15 +90,11 @@ class Loaded:
             with reporter.bar("Reading the whole model", len(names)) as advance:
                 for name in names:
                     self.weights.acquire(name)
-                    if rounded:
-                        hold_in(torch.bfloat16, self.model.get_submodule(name))
                     advance(1)
             yield self.model
         finally:
             for name in names:
                 self.weights.release(name)
-                if rounded:
-                    hold_in(torch.float32, self.model.get_submodule(name))  # on the meta device
 
     @property
     def left_out(self) -> list[NotLoaded]:

@@ -112,9 +112,8 @@ def measure_pruned(run: Run) -> None:
         return
     run.extras.measure_pruned(run.loaded, run.reporter)
     if run.extras.look.looks:
-        removes = bool(recipe.remove.parts)  # then from the weights as they are
-        with run.loaded.whole(run.reporter, run.extras.look.rounds and not removes) as module:
-            model = _smaller_model(run) if removes else module
+        with run.loaded.whole(run.reporter) as module:
+            model = _smaller_model(run) if recipe.remove.parts else module
             run.extras.look.ask(model, run.loaded, run.reporter, recipe.calibrate.batch_size)
 
 

@@ -85,7 +85,7 @@ class Look:
             return
 
         def answer() -> Answers:
-            with loaded.whole(reporter, self.rounds) as model:
+            with loaded.whole(reporter) as model:
                 return self._ask(model, tokenizer, questions, reporter, batch_size)
 
         rounded = {"rounded": "bfloat16"} if self.rounds else {}
@@ -141,15 +141,15 @@ class Look:
 
 
 def _rounds(loaded: Loaded, plan: Plan) -> bool:
-    """Return whether a float32 model answers in bfloat16: on a CPU that is fast in it, unless the user asked for answers.
+    """Return whether a float32 model answers in bfloat16: if a CPU is fast in it, and the user asked for no answers.
 
-    Half the time or less suffices then to see whether answers loop. A model in memory has to fit twice.
+    It takes half the time or less to see whether answers loop. The model is in memory in both precisions.
     """
     if plan.is_asked or loaded.model.dtype != torch.float32 or not in_host_memory(loaded.device):
         return False
-    available, needed = available_bytes(), sum(parameter.nbytes for parameter in loaded.model.parameters()) // 2
-    fits = loaded.weights.streams or available is None or needed <= available // 2
-    return fits and multiplies_bfloat16(loaded.device)
+    available, whole = available_bytes(), sum(one.nbytes for one in loaded.model.parameters())
+    needed = whole // 2 + whole * loaded.weights.streams
+    return (available is None or needed <= available // 2) and multiplies_bfloat16(loaded.device)
 
 
 def _questions(plan: Plan, loaded: Loaded) -> Questions:
