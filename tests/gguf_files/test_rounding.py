@@ -12,16 +12,16 @@ from torch import Tensor
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.gguf_files.llama_cpp import LlamaCpp, has_llama_cpp
+from coprune.gguf_files.llama_cpp import has_llama_cpp
 from coprune.model.checkpoint.formats.block_types import BLOCK_TYPES
 from coprune.model.checkpoint.mapped_gguf import decode
 from coprune.pruning.linear_algebra import factor_inverse
 from coprune.pruning.rounding import Loss, Rounded, round_columns
-from support.pico import pico_model, pico_tokens
+from support.exported import distance, exportable
+from support.pico import pico_model
 from support.pico_folder import save
 from support.pico_gguf import distinct_norms, write_pico_gguf
 from support.sample import crossed
-from support.saved import load_clean
 
 WIDTH = 512
 needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")
@@ -113,22 +113,12 @@ def test_every_row_of_a_file_is_rounded_from_its_own_row(
     "kind", ["q2_k", pytest.param("q3_k_m", marks=pytest.mark.slow), pytest.param("q4_k_m", marks=pytest.mark.slow)]
 )
 def test_a_file_is_nearer_to_its_model_in_llama_cpp(kind: str, text: str, tmp_path: Path) -> None:
-    model = distinct_norms(pico_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2))
-    save(model, tmp_path / "dense")
-    like = write_pico_gguf(model, tmp_path / "f32.gguf")
+    dense, like = exportable(tmp_path)
     how: dict[str, Any] = {"like": like, "type": kind, "quiet": True, "dataset": text}
-    plain = coprune.export(tmp_path / "dense", tmp_path / "plain.gguf", imatrix="auto", **how)
-    made = coprune.export(tmp_path / "dense", tmp_path / "made.gguf", compensate=True, **how)
+    plain = coprune.export(dense, tmp_path / "plain.gguf", imatrix="auto", **how)
+    made = coprune.export(dense, tmp_path / "made.gguf", compensate=True, **how)
     assert made.bytes == plain.bytes
-    tokens = pico_tokens(1, 128)
-    with torch.no_grad():
-        expected = load_clean(tmp_path / "dense")(tokens).logits[0]
-    off = []
-    for file in (made.path, plain.path):
-        engine = LlamaCpp(file)
-        off.append(float((engine.logits(tokens[0].tolist()) - expected).norm()))
-        engine.close()
-    assert off[0] < off[1]
+    assert distance(made.path, dense) < distance(plain.path, dense)
 
 
 def test_compensation_without_rounding_is_refused(tmp_path: Path) -> None:

@@ -182,11 +182,11 @@ class Search:
     ) -> Literal["kept", "lost", "no cheaper", "refused", "late"]:
         """Make a candidate and measure it on more and more of the seen items, until the verdict is clear."""
         found = self._measure(candidate, {}, ahead, share)
-        if not found.bytes and not found.refused:
-            self._interrupted.append(candidate)
-            return "late"
         if found.refused:
             return "refused"
+        if not found.bytes:
+            self._interrupted.append(candidate)
+            return "late"
         if best is not None and self.cost(candidate) >= self.cost(best):
             return "no cheaper"
         verdict = Verdict.OPEN
