@@ -20,41 +20,28 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _OPENING = """# Models
 
-This page lists which model types work. Every type that the Auto classes named below build was tried as a tiny random model,
-pruned with Wanda to 50 % and to 2:4. `coprune inspect MODEL` shows the same for yours, with the names of all layers.
+This page lists which models work. Look for the `model_type` in your model's `config.json`. `coprune inspect MODEL` shows which
+matrices of yours would be pruned, and what is left alone: routers, depth-wise convolutions, layers that a forward does not use.
 
-- **Works**: every mask is the one that forwards of the whole model give, every other tensor is unchanged to the bit, every linear
-  layer of a block is pruned or named, and transformers loads what was saved with the same weights.
-- **Refused**: coprune says why and changes nothing. The message names the layer.
+Every type that the Auto classes below build was tried as a tiny random model, pruned with Wanda to 50 % and to 2:4:
+
+- **Works**: all masks are those of the whole model's forward, every other tensor is unchanged to the bit, every linear layer of a
+  block is pruned or named, and transformers loads the saved model with the same weights.
+- **Refused**: coprune says why, names the layer and changes nothing.
 - **Wrong**: anything else.
-- **Not built**: there was no tiny model to try, or transformers does not run it on tokens (or pixels) alone.
+- **Not built**: no tiny model of it could be made or run here.
 
-A type is named in the first part that it belongs to, and again only where its result differs. `make families` writes this page.
+A type stands in the first part that it belongs to, and again only where its result differs. Reasons and layers of each are in
+`tests/families/results.jsonl`. `make families` writes this page.
 """
-_LEFT_ALONE = {
-    "a router": "routers",
-    "depth-wise": "depth-wise convolutions",
-    "a vector": "vectors",
-    "not used in a forward": "layers that a forward does not use",
-    "in no product that coprune can observe": "products that cannot be observed",
-    "the weight of no linear layer": "weights of no linear layer",
-    "a convolution with padding": "convolutions with padding",
-    "three dimensions, and none of its matrices is multiplied": "parameters of three dimensions in no product",
-}
-"""The page's reasons why layers are left alone, by the wording of verdicts on single layers."""
-_NOT_BUILT = "transformers builds no tiny model of it"
 _REFUSED = {
     "transformers cannot run it on this alone": "transformers cannot run it on this alone",
     "cannot run such inputs alone": "transformers cannot run it on this alone",
-    "nothing here makes features of sound": "nothing here makes features of sound for it",
-    "without its kernel for CUDA": "its attention needs a kernel for CUDA",
-    "checkpoints of it classify": "checkpoints of it classify images",
-    "library but it was not found": "a library that it needs was not installed",
     "cannot be loaded by transformers": "transformers cannot load what is saved",
     "is an encoder-decoder model that does not generate text": "an encoder-decoder model that does not generate text",
     "is not a module that a forward calls": "a block is not a module that a forward calls",
 }
-"""The page's reasons why a type is refused or not built, by the wording of messages with names."""
+"""The page's reasons why a type is refused, by the wording of messages with names."""
 _TITLES: dict[Kind, str] = {
     "text": "Decoders",
     "images": "Image classifiers",
@@ -121,25 +108,20 @@ def page(results: Results) -> str:
 
 
 def _parts(verdicts: Sequence[Verdict]) -> list[str]:
-    """Return the lines on types that work, completely or with layers left alone, and on the others."""
-    said = {v.model_type: _said(v) for v in verdicts}
-    whole = [v.model_type for v in verdicts if v.result == "works" and not said[v.model_type]]
-    lines = ["", f"**Work, with every matrix of their blocks pruned**: {_named(whole)}."] if whole else []
-    left: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        if verdict.result == "works" and said[verdict.model_type]:
-            left.setdefault(said[verdict.model_type], []).append(verdict.model_type)
-    if left:
-        lines += ["", "| work | left alone in their blocks |", "| --- | --- |"]
-        lines += [f"| {_named(types)} | {text} |" for text, types in left.items()]
+    """Return the lines on types that work, that are refused or wrong, and that were not built."""
+    lines = _line("Work", [v.model_type for v in verdicts if v.result == "works"])
     others: dict[str, list[str]] = {}
     for verdict in verdicts:
-        if verdict.result != "works":
-            others.setdefault(f"{verdict.result} | {said[verdict.model_type]}", []).append(verdict.model_type)
+        if verdict.result not in ("works", "not built"):
+            others.setdefault(f"{verdict.result} | {_said(verdict)}", []).append(verdict.model_type)
     if others:
         lines += ["", "| types | result | reason |", "| --- | --- | --- |"]
         lines += [f"| {_named(types)} | {text} |" for text, types in others.items()]
-    return lines
+    return lines + _line("Not built", [v.model_type for v in verdicts if v.result == "not built"])
+
+
+def _line(title: str, types: Sequence[str]) -> list[str]:
+    return ["", f"**{title}**: {_named(types)}."] if types else []
 
 
 def _named(types: Sequence[str]) -> str:
@@ -147,13 +129,12 @@ def _named(types: Sequence[str]) -> str:
 
 
 def _said(verdict: Verdict) -> str:
-    """Return why layers are left alone, or why the type is refused, as Markdown and without the names of layers."""
-    if verdict.result == "works":
-        why = {entry.partition(" (")[2].rpartition(";")[0] for entry in verdict.left_alone}
-        return ", ".join(sorted(_LEFT_ALONE.get(reason, reason) for reason in why))
+    """Return why the type is refused, as Markdown and without the names of layers."""
+    if verdict.result in ("works", "not built"):
+        return ""
     told = next((text for part, text in _REFUSED.items() if part in verdict.reason), None)
-    if told is not None or verdict.result == "not built":
-        return told or _NOT_BUILT
+    if told is not None:
+        return told
     clause = re.split(r"[;:.,] ", verdict.reason)[0].removesuffix(".")
     clause = re.sub(r" beside '[^']*'| \(no [\w.]+\)", "", clause)
     clause = re.sub(r"\b\w+(\.\w+)+", "a layer", re.sub(r"only \d+ %", "less than half", clause))
