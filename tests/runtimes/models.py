@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import WhisperFeatureExtractor, WhisperProcessor
+
 import coprune
 from coprune.base.errors import CopruneError
-from coprune.model.checkpoint.load import load_model, load_processor, quiet_transformers
-from coprune.model.checkpoint.locate import locate
+from coprune.model.checkpoint.load import DtypeName, load_model, load_processor, quiet_transformers
+from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.model.checkpoint.older_keys import add_older_keys
 from runtimes.runtime_table import SOURCE, ZEROS
 from support.pico import pico_model, pico_tokens
-from support.pico_folder import save
+from support.pico_folder import pico_tokenizer, save
+from support.pico_pairs import pico_pair_model, write_recordings
+from support.pico_readers import add_sentence_modules, pico_reader
 from support.quantised import Format, compressed, fp8_channel, int4, quantise
 
 TOKENS, PROMPT = 24, "The capital of France is Paris, and that of Italy is"
@@ -71,8 +75,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         qk_nope_head_dim=128,
         v_head_dim=128,
     ),
+    "bert": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4),
+    "qwen3-embedding": dict(head_dim=64),
+    "whisper": dict(
+        d_model=256,
+        encoder_layers=4,
+        decoder_layers=4,
+        encoder_ffn_dim=512,
+        decoder_ffn_dim=512,
+        num_mel_bins=80,
+        max_source_positions=1500,  # half a minute of sound, as in published models: OpenVINO's export takes no other
+    ),
 }
 """Shape settings by model type, with heads of 64, the smallest that vLLM's CPU kernels support."""
+_KINDS = {"bert": "embedding", "qwen3-embedding": "embedding", "whisper": "speech"}
+_POOLING = {"bert": "mean", "qwen3-embedding": "lasttoken"}
 _TOKEN: dict[str, Any] = dict(num_bits=8, type="float", strategy="token", dynamic=True, symmetric=True)
 FORMS = {
     "fp8": Format(
@@ -87,6 +104,14 @@ FORMS = {
 QUANTISED = ("llama-fp8", "llama-int4", "qwen3_moe-fp8", "qwen3_moe-int4", "smollm2-135m-fp8", "smollm2-135m-int4")
 SHARES = {"channels": "channels=0.33", "heads": "heads=0.5", "blocks": "blocks=0.25", "experts": "experts=0.25"}
 
+REAL_CUTS: dict[str, dict[str, str]] = {
+    "channels": {"remove": "channels=0.33"},
+    "heads": {"remove": "heads=0.34"},
+    "blocks": {"remove": "blocks=0.2"},
+    "vocabulary": {"remove": "vocabulary=0.25"},
+    ZEROS: {"pattern": ZEROS, "method": "wanda"},
+}
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -100,6 +125,11 @@ class Tried:
     tokens: list[int]
     """Context of the compared next token."""
 
+    @property
+    def kind(self) -> str:
+        """Kind of model: text, embedding or speech."""
+        return _KINDS.get(self.model, "text")
+
 
 def small(name: str, into: Path) -> Iterator[Tried]:
     """Make a small random model and its cuts, keeping existing ones."""
@@ -108,16 +138,34 @@ def small(name: str, into: Path) -> Iterator[Tried]:
         if dense := dense_name(name):
             _quantise(next(small(dense, into)).folder, name, source)
         else:
-            save(pico_model(name, **(_SHAPE | FAMILIES[name])), source)
+            _save(name, source)
             _as_on_the_hub(source)
-    tokens = random.Random(0).choices(range(3, 256), k=TOKENS)
+    tokens, asked_of_all = random.Random(0).choices(range(3, 256), k=TOKENS), dict[str, Any](dataset=pico_tokens(8))
+    if _KINDS.get(name) == "speech":
+        tokens = [4, *tokens[:2]]  # the decoder starts with 4
+        asked_of_all = dict(dataset=write_recordings(into / "recordings"), nsamples=2)
     yield Tried(name, SOURCE, source, tokens)
     for part, asked in {
         **{part: {"remove": share} for part, share in SHARES.items()},
         ZEROS: {"pattern": ZEROS, "method": "wanda"},
     }.items():
-        if (folder := _cut(source, into / name / part, dataset=pico_tokens(8), **asked)) is not None:
+        if (folder := _cut(source, into / name / part, **asked_of_all, **asked)) is not None:
             yield Tried(name, part, folder, tokens)
+
+
+def _save(name: str, folder: Path) -> None:
+    """Save a small random model with its tokenizer, and with its pooling or feature extractor."""
+    if name == "whisper":
+        model: Any = pico_pair_model("Whisper", **FAMILIES[name])
+    elif name == "bert":
+        model = pico_reader("BertModel", **FAMILIES[name])
+    else:
+        model = pico_model(name.removesuffix("-embedding"), **(_SHAPE | FAMILIES[name]))
+    save(model.base_model if name in _POOLING else model, folder)
+    if name in _POOLING:
+        add_sentence_modules(folder, {"pooling_mode": _POOLING[name], "word_embedding_dimension": 256}, "Normalize")
+    if name == "whisper":
+        WhisperProcessor(WhisperFeatureExtractor(), pico_tokenizer()).save_pretrained(folder)
 
 
 def dense_name(name: str) -> str:
@@ -131,8 +179,8 @@ def _quantise(dense: Path, name: str, source: Path) -> None:
         quantise(shutil.copytree(dense, Path(made) / SOURCE), source, FORMS[name.rpartition("-")[2]])
 
 
-def real(name: str, model: str, into: Path) -> Iterator[Tried]:
-    """Make the folder of a real model and its cuts."""
+def real(name: str, model: str, into: Path, parts: Collection[str] = REAL_CUTS) -> Iterator[Tried]:
+    """Make the folder of a real model and its cuts of these parts."""
     source = into / name / SOURCE
     if dense := dense_name(name):
         if not source.exists():
@@ -140,19 +188,14 @@ def real(name: str, model: str, into: Path) -> Iterator[Tried]:
     elif not source.exists():
         where = locate(model)
         with quiet_transformers():
-            loaded, _ = load_model(where, processed=False)
+            dtype: DtypeName = "bfloat16" if isinstance(where, GgufFile) else "auto"
+            loaded, _ = load_model(where, dtype, processed=False)
             loaded.save_pretrained(source)
             load_processor(where, "text").save_pretrained(source)
         _as_on_the_hub(source)
     yield Tried(name, SOURCE, source, _tokens(source))
-    for part, asked in {
-        "channels": {"remove": "channels=0.33"},
-        "heads": {"remove": "heads=0.34"},
-        "blocks": {"remove": "blocks=0.2"},
-        "vocabulary": {"remove": "vocabulary=0.25"},
-        ZEROS: {"pattern": ZEROS, "method": "wanda"},
-    }.items():
-        folder = _cut(source, into / name / part, dataset="embedded", nsamples=8, seqlen=128, **asked)
+    for part in parts:
+        folder = _cut(source, into / name / part, dataset="embedded", nsamples=8, seqlen=128, **REAL_CUTS[part])
         if folder is not None:
             yield Tried(name, part, folder, _tokens(folder))
 

@@ -18,7 +18,8 @@ _OPENING = """# Runtimes
 
 This page shows where a smaller model loads: small models with random weights and SmolLM2-135M, whole and with a part removed, in
 runtimes that serve models, on a CPU. ✓ means that the log-probabilities of the next token differ from transformers' on the same
-folder by at most 0.001, and that sixteen greedy tokens are the same. A number refers to what the runtime said, below. – means
+folder by at most 0.001, and that sixteen greedy tokens are the same; of `bert` and `qwen3-embedding`, that a text's unit vector
+differs by at most 0.001 in every component. `whisper` is given a second of sound. A number refers to what the runtime said, below. – means
 that coprune removes no such part of this model. Where the whole model has a number, the fault is not the cut's.
 
 `-fp8` and `-int4` are formats of compressed-tensors, from which [parts are removed as they are](quantised.md). vLLM computes with
@@ -57,7 +58,8 @@ class Row:
     runtime: str
     version: str
     difference: float | None
-    """Largest difference of five tokens' log-probabilities from transformers'; None if it was not read."""
+    """Largest difference from transformers', of five tokens' log-probabilities or an embedding's components; None if it
+    was not read."""
     reason: str
     """Why it differs; the runtime's own message if it was refused."""
 

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "benchmarks")]
+    _HERE = Path(__file__)
+    sys.path[:0] = [str(_HERE.parents[1]), str(_HERE.parents[2] / "benchmarks"), str(_HERE.with_name("readers"))]
 
 from pydoc_data.topics import topics
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -63,17 +63,20 @@ def save_reader(folder: Path, name: str, **changes: Any) -> Path:
     return folder
 
 
-def add_sentence_modules(folder: Path, pooling: dict[str, Any]) -> None:
-    """Add sentence-transformers modules to a folder: pooling, followed by a layer with weights."""
-    for number, kind in enumerate(("Transformer", "Pooling", "Dense")):
+def add_sentence_modules(folder: Path, pooling: dict[str, Any], last: Literal["Dense", "Normalize"] = "Dense") -> None:
+    """Add sentence-transformers modules to a folder: pooling, followed by a layer with weights or by normalisation."""
+    kinds = ("Transformer", "Pooling", last)
+    for number, kind in enumerate(kinds):
         (folder / f"{number}_{kind}").mkdir(exist_ok=True) if number else None
     modules = [
         {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for n, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")))
+        for n, (path, kind) in enumerate(zip(("", "1_Pooling", f"2_{last}"), kinds, strict=True))
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "w5 w6"}}))
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, **pooling}))
+    if last == "Normalize":
+        return
     layer = {"in_features": 64, "out_features": 32, "bias": False, "activation_function": "torch.nn.Identity"}
     (folder / "2_Dense" / "config.json").write_text(json.dumps(layer))
     save_file({"linear.weight": torch.ones(32, 64)}, folder / "2_Dense" / "model.safetensors")

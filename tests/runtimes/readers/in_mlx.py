@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from each import each, largest
 from mlx_lm.utils import load_model
 
 mx.set_default_device(mx.cpu)
@@ -25,10 +26,8 @@ def read(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
             first = (logits - mx.logsumexp(logits)).tolist()
         written.append(int(mx.argmax(logits)))
         ids.append(written[-1])
-    return {"logprobs": dict(enumerate(first or [])), "written": written}
+    return {"values": largest(first or []), "written": written}
 
 
 if __name__ == "__main__":
-    from each import each
-
-    each(read, version("mlx-lm"), json.loads(sys.argv[1]))
+    each({"text": read}, version("mlx-lm"), json.loads(sys.argv[1]))

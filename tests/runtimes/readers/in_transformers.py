@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from each import SOUND, each, pooled
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedModel,
+)
 
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate
@@ -18,13 +27,30 @@ VERSION = __import__("transformers").__version__
 def read(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
     """Return log-probabilities of the next token and the tokens of a greedy continuation."""
     model = _model(folder).eval()
-    ids, written = torch.tensor([tokens]), []
+    return _written(lambda ids: model(ids, use_cache=False).logits, tokens, new)
+
+
+def embed(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
+    """Return the embedding of a text."""
     with torch.inference_mode():
-        first = model(ids, use_cache=False).logits[0, -1].log_softmax(-1)
-        for _ in range(new):
-            written.append(int(model(ids, use_cache=False).logits[0, -1].argmax()))
-            ids = torch.cat([ids, torch.tensor([written[-1:]])], 1)
-    return {"logprobs": dict(enumerate(first.tolist())), "written": written}
+        found = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()(torch.tensor([tokens]))
+    return {"values": pooled(folder, found.last_hidden_state[0]), "written": []}
+
+
+def hear(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
+    """Return log-probabilities of the next token and the tokens of a greedy transcript."""
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32).eval()
+    heard = AutoFeatureExtractor.from_pretrained(folder)(SOUND, sampling_rate=16000, return_tensors="pt").input_features
+    return _written(lambda ids: model(heard, decoder_input_ids=ids, use_cache=False).logits, tokens, new)
+
+
+@torch.inference_mode()
+def _written(logits_of: Callable[[torch.Tensor], torch.Tensor], tokens: list[int], new: int) -> dict[str, Any]:
+    ids = torch.tensor([tokens])
+    first = logits_of(ids)[0, -1].log_softmax(-1)
+    for _ in range(new):
+        ids = torch.cat([ids, logits_of(ids)[:, -1:].argmax(-1)], 1)
+    return {"values": dict(enumerate(first.tolist())), "written": ids[0, len(tokens) :].tolist()}
 
 
 def _model(folder: str) -> PreTrainedModel:
@@ -35,6 +61,4 @@ def _model(folder: str) -> PreTrainedModel:
 
 
 if __name__ == "__main__":
-    from each import each
-
-    each(read, VERSION, json.loads(sys.argv[1]))
+    each({"text": read, "embedding": embed, "speech": hear}, VERSION, json.loads(sys.argv[1]))
