@@ -19,8 +19,8 @@ _OPENING = """# Runtimes
 This page shows where a smaller model loads: small models with random weights and SmolLM2-135M, whole and with a part removed, in
 runtimes that serve models, on a CPU. ✓ means that the log-probabilities of the next token differ from transformers' on the same
 folder by at most 0.001, and that sixteen greedy tokens are the same; of `bert` and `qwen3-embedding`, that a text's unit vector
-differs by at most 0.001 in every component. `whisper` is given a second of sound. A number refers to what the runtime said, below. – means
-that coprune removes no such part of this model. Where the whole model has a number, the fault is not the cut's.
+differs by at most 0.001 in every component. `whisper` is given a second of sound. A number refers to what the runtime said,
+below. – means that coprune removes no such part of this model. Where the whole model has a number, the fault is not the cut's.
 
 `-fp8` and `-int4` are formats of compressed-tensors, from which [parts are removed as they are](quantised.md). vLLM computes with
 INT4 in float16, so differences from the decoded weights up to 0.02 count as the same. In FP8 it rounds the inputs of every
