@@ -32,6 +32,8 @@ EXCEPTIONS = {
     "coprune fit smollm2-135m": "random models choose by chance, which is refused; fitting/test_fit.py fits other tasks",
     "found = coprune.fit": "the same",
     "file      small/model": "what the fit before it printed",
+    "coprune prune model.gguf --remove vocabulary": "the small models have bytes alone, which stay; vocabulary/ cuts others",
+    "coprune prune FOLDER --remove vocabulary": "the same",
     "coprune compare out/table": "where the file names save_model, which the page's does not",
     "lm_eval run": "another program's command, with the same tasks as the line before it",
 }
