@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from transformers import AutoModelForCausalLM
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.evaluation.answers import run_answers
+from coprune.evaluation.answers.answer_generation import ask
+from coprune.evaluation.answers.answer_records import Answers
 from coprune.recipe.recipe import Recipe, make_recipe
 from coprune.runner.plan import plan_of
 from coprune.runner.run_recipe import run_recipe
 from coprune.steps.train import training_of
 from coprune.training.finetune_report import FinetuneReport
 from coprune.training.masks import find_masks
+from support.commands import run_command
 from support.pico import pico_model
 from support.pruned import save, write_text
 from support.word_tokenizers import word_tokenizer
@@ -270,3 +275,25 @@ def test_pruned_and_trained_models_are_measured_on_the_same_windows(tmp_path: Pa
     (change,) = tuned.perplexity
     assert change.seqlen == 1100
     assert change.before == pytest.approx(report.perplexity[0].pruned, rel=1e-4)
+
+
+def test_a_pruned_model_that_is_trained_answers_once_and_all_of_the_time_has_a_name(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = list[object]()
+
+    def counted(*arguments: Any) -> Answers:
+        asked.append(arguments[0])
+        return ask(*arguments)
+
+    monkeypatch.setattr(run_answers, "ask", counted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # other tests ask the dense model, too
+    text = str(write_text(tmp_path / "text.txt", 700))
+    how = "-m magnitude -p 2:4 --seqlen 16 --device cpu --finetune lora --finetune-tokens 32 --no-eval -q"
+    command = ["prune", str(dense), *how.split(), "--dataset", text, "--save", str(tmp_path / "run")]
+    ended = run_command(command, monkeypatch, capsys)
+    assert ended.code == 0, ended.err
+    assert len(asked) == 3  # the dense, the pruned and the trained model
+    total, *parts = map(float, re.findall(r"([\d.]+) s\b", ended.out.partition("\ntime ")[2].partition("\n")[0]))
+    assert total == pytest.approx(sum(parts))
+    assert "s to load and measure before training, " in ended.out

@@ -30,7 +30,7 @@ class Times:
     def hear(self, event: Event) -> None:
         """Add the seconds in an event; a listener of a reporter."""
         from coprune.run.phase_events import BlockPruned, Phase, PhaseDone
-        from coprune.training.training_events import Trained
+        from coprune.training.training_events import TrainingPhaseDone
 
         if isinstance(event, BlockPruned):
             spent = sum(matrix.seconds for matrix in event.matrices)
@@ -39,8 +39,8 @@ class Times:
         elif isinstance(event, PhaseDone):
             name = _BLOCKS if event.phase == Phase.PRUNE else event.measured.name
             self._add(name, event.measured.seconds)
-        elif isinstance(event, Trained):
-            self._add(TRAINING, event.seconds)
+        elif isinstance(event, TrainingPhaseDone):
+            self._add(event.phase, event.seconds)
 
     def of(self, part: str) -> float:
         """Return the seconds of a part."""

@@ -24,6 +24,7 @@ from coprune.model.edit import Configure
 from coprune.model.loaded_model import choose_device, streams
 from coprune.model.saved_slices import smaller_tensors
 from coprune.model.verification import verify_saved
+from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
 from coprune.removal.smaller_model import build_smaller
 from coprune.report.card import model_card
@@ -140,6 +141,8 @@ def end(run: Run) -> Result:
     """Write the report and return it with the model."""
     return_free_memory()
     report = run.finish(run.report.model_copy(update={"phases": run.phases}))
+    if run.writes and report.saved_model is not None:
+        run.extras.look.keep(ModelPart(name=str(report.saved_model), device=run.recipe.model.device))
     run.reporter.tell(Finished(final_figures(report)))
     if run.loaded.weights.streams:
         saved = partial(_saved_model, report.saved_model, run.recipe.model.device)

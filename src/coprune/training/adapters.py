@@ -142,12 +142,14 @@ def merge_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PreTrai
         raise BadInput(
             f"the adapter in {folder} is a plain one", field="adapter", value=folder, fix=plain_warning(masks)
         )
-    return merge(load_adapter(model, masks, folder), masks)
+    adapted = load_adapter(model, masks, folder)
+    adapted.merge_adapter()
+    return without_adapters(adapted, masks)
 
 
-def merge(adapted: PeftModel, masks: Masks) -> PreTrainedModel:
-    """Merge the masked adapters of a model into its weights. Raises BrokenMask if a zero is lost."""
-    merged: PreTrainedModel = adapted.merge_and_unload()
+def without_adapters(adapted: PeftModel, masks: Masks) -> PreTrainedModel:
+    """Return a model whose masked adapters were merged, without them. Raises BrokenMask if a zero is lost."""
+    merged: PreTrainedModel = adapted.unload()
     masks.verify(plain_parameters(merged))
     return merged
 

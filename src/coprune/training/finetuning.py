@@ -37,7 +37,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.recipe.train_part import has_adapters, has_teacher
 from coprune.report.provenance import MadeFacts
 from coprune.report.schema import installed_versions
-from coprune.training.adapters import merge, plain_warning, save_adapter
+from coprune.training.adapters import plain_warning, save_adapter, without_adapters
 from coprune.training.distill import Distillation
 from coprune.training.finetune_card import adapter_card, finetune_card
 from coprune.training.finetune_report import (
@@ -60,7 +60,7 @@ from coprune.training.saving import round_to, save_model
 from coprune.training.session import Session, prepare_session
 from coprune.training.time_limit import TimeLimit
 from coprune.training.trainer import ZeroKeepingTrainer, build_trainer, train, training_device
-from coprune.training.training_events import Trained
+from coprune.training.training_events import TrainingPhase, TrainingPhaseDone
 
 
 def run_finetuning(
@@ -121,25 +121,29 @@ def in_precision_of_the_device(settings: Recipe) -> Recipe:
 
 
 def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) -> FinetuneReport:
+    began = time.monotonic()
     joined = dist.is_initialized()  # then the caller goes on using the process group
     session = prepare_session(settings, reporter, limit, training_device(settings.model.device))
     if first and settings.output.overwrite:
         output_of(settings).replace_earlier()
     resume = resume_from(session, first)
     early = replace(session, reporter=limit.before_training(reporter, settings))
-    with limit.before_and_after():
+    # New adapters change nothing, and a masked one's update is computed at every call.
+    untrained = session.model.disable_adapter() if isinstance(session.model, PeftModel) else nullcontext()
+    with limit.before_and_after(), untrained:
         before = _measure(early, "pruned") if first else {}
         look = look_before(early, limit) if first else Look(None)
+    limit.repeated += look.spared
     objective = distillation_of(early, limit)
     dense = _measure_teacher(early, objective) if first else {}
     session.data, seconds = limit.planned(session.data, settings, resume is not None, reporter)
+    began = _end_phase(TrainingPhase.PREPARE, began, reporter)
     with reporter.bar(f"Fine-tuning ({settings.train.mode})", 1.0) as advance:
         trainer = build_trainer(session, objective, seconds, advance)
         cached = getattr(session.model.config, "use_cache", None)
         with full_disk_explained(session.training_folder), freed_memory_kept():
-            began = time.monotonic()
             train(trainer, resume)
-            reporter.tell(Trained(time.monotonic() - began))
+        began = _end_phase(TrainingPhase.TRAIN, began, reporter)
         if cached is not None:
             session.model.config.use_cache = cached
         _release(session.model, trainer)
@@ -152,7 +156,15 @@ def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) ->
     accelerator.wait_for_everyone()
     if not joined:
         accelerator.end_training()
+    _end_phase(TrainingPhase.FINISH, began, reporter)
     return report
+
+
+def _end_phase(phase: TrainingPhase, began: float, reporter: Reporter) -> float:
+    """Report the seconds of a phase, and return the start of the next one by `time.monotonic`."""
+    ended = time.monotonic()
+    reporter.tell(TrainingPhaseDone(phase, ended - began))
+    return ended
 
 
 def _release(model: PreTrainedModel | PeftModel, trainer: ZeroKeepingTrainer) -> None:
@@ -199,22 +211,24 @@ def _finish(
     seen: measurements of the model before training and of the dense one, and answers.
     """
     settings, (before, dense, look) = session.settings, seen
+    model: Any = session.model
     adapts = has_adapters(settings.train.mode)
     if not adapts:
-        round_to(session.model, session.dtype)
+        round_to(model, session.dtype)
+    elif settings.train.adapters.masked:
+        model.merge_adapter()
     after = _measure(session, "fine-tuned")
     look.ask(session.loaded.model, session.loaded, limit.of_answers(session.reporter, settings.evaluate.answers))
     changes = [change(before[name], after[name], dense.get(name)) for name in session.evaluation]
     folder = None if adapts and not settings.train.adapters.masked else settings.trained_folder
     adapter = settings.training_folder / "adapter" if adapts else None
     draft = _report(session, trainer, changes, trained, adapter, folder).answered(look.facts(), look.left_out)
-    model: Any = session.model
     if adapter is not None:
         shutil.rmtree(adapter, ignore_errors=True)  # left by an earlier attempt without a report
         save_adapter(model, adapter, adapter_card(draft, plain_warning(session.masks)))
     if folder is not None:
         output_of(settings).announce(draft)
-        merged = merge(model, session.masks) if isinstance(model, PeftModel) else model
+        merged = without_adapters(model, session.masks) if isinstance(model, PeftModel) else model
         probe = session.task.inputs.probe(None, session.evaluation)
         processor, dtype = session.loaded.processor, dtype_name(session.dtype)
         beside = Companions(processor, finetune_card(draft), dtype, settings.model.name, session.location)
@@ -282,7 +296,10 @@ def look_before(session: Session, limit: TimeLimit) -> Look:
     compares = asked.prompts is not None or any(condition.needs_dense for condition in asked.conditions)
     name = settings.train.teacher if compares or not has_teacher(settings.train.mode) else None
     if plan is None or name is None:
-        look = Look(plan, reference="before")
+        own: dict[str, Any] = {"device": str(device)}
+        if session.loaded.model.dtype != session.dtype:  # all weights are trained, in float32
+            own["dtype"] = dtype_name(session.loaded.model.dtype)
+        look = Look(plan, settings.model.model_copy(update=own), "before")
         look.prepare(session.loaded, reporter)
         torch.nn.Module.to(session.loaded.model, device)
         look.ask_dense(session.loaded, limit.of_answers(reporter, asked))

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import ClassVar
 
 from coprune.base.progress import Event
 
 
-@dataclass(frozen=True)
-class Trained(Event):
-    """A training took its last step."""
+class TrainingPhase(StrEnum):
+    """The timed phases of a training, in order."""
 
-    kind: ClassVar[str] = "trained"
+    PREPARE = "load and measure before training"
+    TRAIN = "train"
+    FINISH = "measure and save the trained model"
+
+
+@dataclass(frozen=True)
+class TrainingPhaseDone(Event):
+    """A phase of a training ended."""
+
+    kind: ClassVar[str] = "training"
+    phase: TrainingPhase
     seconds: float
     """Of this process, without those before a resume."""

@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from coprune.model.generation import Generation, generate
 from coprune.model.loaded_model import choose_device
 from coprune.model.walk.block_calls import forward_logits, input_device
 from coprune.recipe.parts import ModelPart
-from coprune.store.store import Key, Store, key_of
+from coprune.store.store import Key, key_of
 
 _BATCH = 16
 
@@ -188,14 +188,12 @@ def answers_key(fingerprint: str, asked: ModelPart, plan: Plan, **more: str) -> 
     return key_of("answers", 3, **facts)
 
 
-def kept_answers(model: ModelPart, plan: Plan, answer: Callable[[], Answers], **more: str) -> Answers:
-    """Return the answers of a model in files, from the user's store or newly generated.
+def key_of_files(model: ModelPart, plan: Plan, **more: str) -> Key:
+    """Return the store key of the answers of a model in files, which are read for it.
 
     Args:
         model: names the model.
         plan: the prompts and settings.
-        answer: generates the answers.
-        more: anything else that determines them.
+        more: anything else that determines the answers.
     """
-    digest = model_digest(locate(model.name, model.cache_dir).path)
-    return Store.of_user().get(answers_key(digest, model, plan, **more), Answers, answer)
+    return answers_key(model_digest(locate(model.name, model.cache_dir).path), model, plan, **more)

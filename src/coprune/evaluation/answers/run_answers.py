@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,10 @@ from coprune.base.precision import held_in_bfloat16, multiplies_bfloat16
 from coprune.base.progress import Reporter
 from coprune.base.words import Command, Set, Words, say
 from coprune.evaluation.answers.answer_facts import AnswerFacts, Reference, facts_of
-from coprune.evaluation.answers.answer_generation import KeptRows, ask, divergence, kept_answers, rows_along
+from coprune.evaluation.answers.answer_generation import KeptRows, ask, divergence, key_of_files, rows_along
 from coprune.evaluation.answers.answer_records import Along, Answers
 from coprune.evaluation.answers.questions import Plan, Questions, questions_for
+from coprune.store.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +48,9 @@ class Look:
         self._along: Along | None = None
         self.dense: Answers | None = None
         self.answers: Answers | None = None
+        self.spared = 0.0
+        """Seconds that stored answers took when they were generated; 0 if they were generated now."""
+        self._seconds = 0.0
         self.left_out: str | None = None
         """Why there are no answers, if some were planned."""
 
@@ -88,9 +94,8 @@ class Look:
             with loaded.whole(reporter) as model:
                 return self._ask(model, tokenizer, questions, reporter, batch_size)
 
-        rounded = {"rounded": "bfloat16"} if self.rounds else {}
         try:
-            self.dense = kept_answers(self._model, questions.plan, answer, **rounded) if self._model else answer()
+            self.dense = answer() if self._model is None else self._stored(self._model, questions.plan, answer)
         except UnsupportedModel as error:
             if questions.plan.is_asked:
                 raise
@@ -120,6 +125,23 @@ class Look:
         if self._rows is not None and self.dense is not None:
             self._along = divergence(self._rows, rows_along(model, self._questions, self.dense))
 
+    def keep(self, saved: ModelPart) -> None:
+        """Store the answers of the run's model as those of the files that it was saved in, for a training of it."""
+        if self._questions is not None and self.answers is not None:
+            key = key_of_files(saved, self._questions.plan, **self._rounded)
+            Store.of_user().complete(key, self.answers, self._seconds)
+
+    def _stored(self, model: ModelPart, plan: Plan, answer: Callable[[], Answers]) -> Answers:
+        store, key = Store.of_user(), key_of_files(model, plan, **self._rounded)
+        if (known := store.find(key, Answers)) is None:
+            return store.get(key, Answers, answer)
+        self.spared = known.seconds
+        return known.record
+
+    @property
+    def _rounded(self) -> dict[str, str]:
+        return {"rounded": "bfloat16"} if self.rounds else {}
+
     def _ask(
         self,
         model: PreTrainedModel,
@@ -128,8 +150,11 @@ class Look:
         reporter: Reporter,
         batch_size: int | None,
     ) -> Answers:
+        began = time.perf_counter()
         with held_in_bfloat16(model) if self.rounds else nullcontext():
-            return ask(model, tokenizer, questions, reporter, batch_size)
+            answers = ask(model, tokenizer, questions, reporter, batch_size)
+        self._seconds = time.perf_counter() - began
+        return answers
 
     def facts(self) -> AnswerFacts | None:
         """Return both models' answers side by side, or None until the second has answered."""
