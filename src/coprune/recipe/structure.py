@@ -34,6 +34,10 @@ SCORES: dict[Scored, tuple[str, ...]] = {
     "rows": ("counts",),
 }
 """Names of the scores by what they rank, the default first."""
+MAP_TOKENS, MAP_SPANS, MAP_CANDIDATES = 16384, 3, 2
+"""Defaults of the map score: tokens to solve maps, spans, and sets of spans tried for each number of them."""
+MIXES, REFIT_TOKENS, COMPARED_BY_KL, KL_ROWS = 4, 4096, 2048, 256
+"""Mixes of a target size, tokens that their refits see, tokens on which distributions are compared, and those at a time."""
 
 WHOLE_MODEL = {"fisher": "gradients are of the whole model"}
 """Allocations that need the whole model in memory, and why."""

@@ -24,9 +24,9 @@ from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import Dense, Recording, record_batches
 from coprune.model.walk.walk import Walk
 from coprune.recipe.choice import Choice
+from coprune.recipe.structure import COMPARED_BY_KL, KL_ROWS, MAP_CANDIDATES, MAP_SPANS, MAP_TOKENS
 from coprune.removal.maps import Map, MapWalk, Span, Writers, best_sets, find_writers
 from coprune.run.calibrating import first_batches
-from coprune.run.memory_bound import COMPARED_BY_KL, KL_ROWS, MAP_CANDIDATES, MAP_SPANS, MAP_TOKENS
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ import torch
 
 from coprune.model.blocks import by_list
 from coprune.model.walk.model_structure import ProvenModel
-from coprune.recipe.structure import Removable
+from coprune.recipe.structure import MIXES, Removable
 from coprune.removal.block_scores import may_go
 from coprune.removal.channels_and_heads import Kind, Part, groups_of, kept_count, step_of
-from coprune.run.memory_bound import MIXES
 
 _MOST: dict[Removable, float] = {"channels": 0.75, "heads": 0.5, "blocks": 0.5}
 """Largest share of each kind; beyond it the next kind is removed, too."""

@@ -19,6 +19,7 @@ from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.recording import Dense, Recording, record_batches
 from coprune.model.walk.statistics import Gram
 from coprune.model.walk.walk import Walk
+from coprune.recipe.structure import COMPARED_BY_KL, REFIT_TOKENS
 from coprune.removal.block_scores import Going, Mapped, SpanErrors, block_score_named, kl_of_logits, logits_of
 from coprune.removal.budget_loss import Consumers, Levels
 from coprune.removal.by_size import Mix
@@ -29,7 +30,6 @@ from coprune.removal.removal_plan import Removable, only_consumers
 from coprune.removal.unit_scores import OBS, score_named
 from coprune.run.calibrating import first_batches
 from coprune.run.context import Run
-from coprune.run.memory_bound import COMPARED_BY_KL, REFIT_TOKENS
 
 _STEPS = 8
 """Maximum number of steps in which `obs` removes the units; 32 cost more than all refits and order mixes alike."""

@@ -33,6 +33,7 @@ from coprune.model.walk.inputs import InputSample
 from coprune.model.walk.model_structure import FoundModel
 from coprune.pruning.pruner import Solver
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.structure import COMPARED_BY_KL, KL_ROWS, MAP_CANDIDATES, MAP_SPANS, MAP_TOKENS, MIXES, REFIT_TOKENS
 from coprune.recipe.train_part import has_adapters, has_teacher
 from coprune.run.memory_estimate import DevicePeak, Estimate, Proposal
 from coprune.training.footprint import training_bytes
@@ -49,10 +50,6 @@ COMPARED_TOKENS = 64
 """Number of tokens whose logits are compared between the saved model and the one in memory."""
 OF_WEIGHT, OF_INPUTS, WORKSPACE = 11, 4, 16 << 20
 """Float32 copies of a matrix and of a Gram matrix that solving takes at most, and the libraries' workspace in bytes."""
-MAP_TOKENS, MAP_SPANS, MAP_CANDIDATES = 16384, 3, 2
-"""Defaults of the map score: tokens to solve maps, spans, and sets of spans tried for each number of them."""
-MIXES, REFIT_TOKENS, COMPARED_BY_KL, KL_ROWS = 4, 4096, 2048, 256
-"""Mixes of a target size, tokens that their refits see, tokens on which distributions are compared, and those at a time."""
 _TOP = re.compile(r"(?=.*(?:expert|moe)).*(?:per_tok|top_?k|moe_k)")
 """Names in configurations for the number of experts per token."""
 

@@ -14,8 +14,8 @@ from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import Solver
 from coprune.recipe.recipe import Recipe
+from coprune.recipe.structure import COMPARED_BY_KL, MAP_CANDIDATES, MAP_SPANS, MAP_TOKENS, MIXES, REFIT_TOKENS
 from coprune.recipe.train_part import has_teacher
-from coprune.run.memory_bound import COMPARED_BY_KL, MAP_CANDIDATES, MAP_SPANS, MAP_TOKENS, MIXES, REFIT_TOKENS
 
 _SIZE, _LEAST_SECONDS = 768, 0.2
 _EFFICIENCY = 0.45
