@@ -21,7 +21,15 @@ def test_runtimes_that_derive_the_head_width_are_reported_before_heads_are_remov
     assert not any(name.startswith("vLLM") for name in loads_in("qwen2", [_without("heads")]))
 
 
+def test_a_runtime_that_expects_layers_in_a_fixed_order_is_reported_before_blocks_are_removed() -> None:
+    told = refusals("gpt_oss", ["blocks"])
+    assert told is not None
+    assert told.startswith("vLLM")
+    assert told.endswith("remove channels instead.")
+
+
 def test_a_runtime_is_named_only_for_tested_parts() -> None:
     assert any(name.startswith("vLLM") for name in loads_in("llama", [_without("channels", "heads", "blocks")]))
+    assert any(name.startswith("OpenVINO") for name in loads_in("bert", [_without("channels", "blocks")]))
     assert loads_in("a_family_that_nobody_tried", [_without("channels")]) == []
     assert runtimes_tried("llama", ["experts"]) == []

@@ -30,8 +30,8 @@ from runtimes.runtime_table import REAL, ROWS, Row, read_rows, write_page, write
 ROOT = Path(__file__).parents[2]
 READERS = Path(__file__).with_name("readers")
 GREEDY, CLOSE, ROUNDED = 16, 1e-3, 2e-2
-"""Number of generated tokens, and the largest difference that counts as equal: in float32, and for quantised
-models, whose runtimes compute in half precision."""
+"""Number of generated tokens, and the largest difference that counts as equal: in float32, and for models
+in fewer bits, whose runtimes may compute in half precision."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _row(one: Tried, runtime: str, answer: dict[str, Any], own: dict[str, Any]) 
     differences = [abs(value - own["values"][key]) for key, value in answer["values"].items()]
     difference = max(differences) if all(map(math.isfinite, differences)) else math.inf
     reason = ""
-    if difference > (ROUNDED if dense_name(one.model) else CLOSE):
+    if difference > (CLOSE if one.model in (*FAMILIES, REAL) else ROUNDED):
         reason = "other embedding" if one.kind == "embedding" else "other log-probabilities"
     elif answer["written"] != own["written"]:
         reason = "another greedy text"

@@ -40,16 +40,14 @@ _SHAPE: dict[str, Any] = dict(
     eos_token_id=2,
     tie_word_embeddings=False,
 )
-_WINDOWS = ["sliding_attention", "full_attention"] * 2
+_WINDOWS: dict[str, Any] = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2)
 _EXPERTS: dict[str, Any] = dict(num_experts=8, num_experts_per_tok=2)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": dict(use_sliding_window=False, sliding_window=None),
     "qwen3": dict(head_dim=64),
-    "gemma2": dict(head_dim=64, sliding_window=32, tie_word_embeddings=True),
-    "gemma3_text": dict(
-        head_dim=64, sliding_window=32, layer_types=_WINDOWS, sliding_window_pattern=2, tie_word_embeddings=True
-    ),
+    "gemma2": dict(_WINDOWS, head_dim=64, tie_word_embeddings=True),
+    "gemma3_text": dict(_WINDOWS, head_dim=64, sliding_window_pattern=2, tie_word_embeddings=True),
     "mistral": dict(sliding_window=None),
     "phi3": {},
     "granite": {},
@@ -58,7 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
     "qwen3_moe": dict(_EXPERTS, head_dim=64, moe_intermediate_size=128, decoder_sparse_step=1),
     "olmoe": _EXPERTS,
-    "gpt_oss": dict(head_dim=64, num_local_experts=8, num_experts_per_tok=2, sliding_window=32, layer_types=_WINDOWS),
+    "gpt_oss": dict(_WINDOWS, head_dim=64, num_local_experts=8, num_experts_per_tok=2),
     "deepseek_v3": dict(
         num_key_value_heads=4,
         moe_intermediate_size=128,
@@ -101,8 +99,15 @@ FORMS = {
     ),
 }
 """Formats of compressed-tensors: the last part of the names of quantised models."""
-QUANTISED = ("llama-fp8", "llama-int4", "qwen3_moe-fp8", "qwen3_moe-int4", "smollm2-135m-fp8", "smollm2-135m-int4")
-SHARES = {"channels": "channels=0.33", "heads": "heads=0.5", "blocks": "blocks=0.25", "experts": "experts=0.25"}
+QUANTISED = ("llama-fp8", "llama-int4")
+SMALL_CUTS: dict[str, dict[str, Any]] = {
+    "channels": {"remove": "channels=0.33"},
+    "heads": {"remove": "heads=0.5"},
+    # Not the last one, so that the following ones take other places.
+    "blocks": {"remove": "blocks=0.25", "exclude": ["*.3.*"]},
+    "experts": {"remove": "experts=0.25"},
+    ZEROS: {"pattern": ZEROS, "method": "wanda"},
+}
 
 REAL_CUTS: dict[str, dict[str, str]] = {
     "channels": {"remove": "channels=0.33"},
@@ -145,10 +150,7 @@ def small(name: str, into: Path) -> Iterator[Tried]:
         tokens = [4, *tokens[:2]]  # the decoder starts with 4
         asked_of_all = dict(dataset=write_recordings(into / "recordings"), nsamples=2)
     yield Tried(name, SOURCE, source, tokens)
-    for part, asked in {
-        **{part: {"remove": share} for part, share in SHARES.items()},
-        ZEROS: {"pattern": ZEROS, "method": "wanda"},
-    }.items():
+    for part, asked in SMALL_CUTS.items():
         if (folder := _cut(source, into / name / part, **asked_of_all, **asked)) is not None:
             yield Tried(name, part, folder, tokens)
 

@@ -16,18 +16,25 @@ PAGE = ROOT / "docs" / "runtimes.md"
 SOURCE, ZEROS, REAL = "source", "2:4", "smollm2-135m"
 _OPENING = """# Runtimes
 
-This page shows where a smaller model loads: small models with random weights and SmolLM2-135M, whole and with a part removed, in
-runtimes that serve models, on a CPU. ✓ means that the log-probabilities of the next token differ from transformers' on the same
-folder by at most 0.001, and that sixteen greedy tokens are the same; of `bert` and `qwen3-embedding`, that a text's unit vector
-differs by at most 0.001 in every component. `whisper` is given a second of sound. A number refers to what the runtime said,
-below. – means that coprune removes no such part of this model. Where the whole model has a number, the fault is not the cut's.
+Where smaller models load: small ones with random weights and real ones, whole and with a part removed, in runtimes that serve
+models, on a CPU.
 
-`-fp8` and `-int4` are formats of compressed-tensors, from which [parts are removed as they are](quantised.md). vLLM computes with
-INT4 in float16, so differences from the decoded weights up to 0.02 count as the same. In FP8 it rounds the inputs of every
-layer as well, as the configuration asks.
+- ✓: as in transformers on the same folder. The log-probabilities of the next token, or the components of an embedding (`bert`,
+  `qwen3-embedding`), differ by at most 0.001, and sixteen greedy tokens are the same. `whisper` is given a second of sound.
+- A number: what the runtime said, below. Where the whole model has one, the fault is not the cut's.
+- –: coprune removes no such part of this model, or it was not tried.
 
-`make runtimes` makes an environment for each of them, since each pins its own torch, and writes this page ({size}).
-`coprune prune` says before it removes a part which of these runtimes refused it in the same family.
+`-fp8` and `-int4` are formats of compressed-tensors, from which [parts are removed as they are](quantised.md). In FP8 vLLM rounds
+the inputs of every layer as well, as the configuration asks; its kernels for experts in these formats need AMX, which this
+processor lacks. Differences up to 0.02 count as the same in these formats, with which vLLM computes in float16, and in real
+models in bfloat16, since mlx-lm rounds Gemma's scale of embeddings to it.
+
+Contexts here are longer than the sliding windows. mlx-lm gives gemma2 none. It takes the layers of gemma3_text, and vLLM those of
+gpt_oss, to slide in a fixed order, which no longer holds without a block.
+
+`make runtimes` makes an environment for each of them, since each pins its own torch, and writes this page ({size});
+`make_runtimes.py --model gemma-3-270m=gemma.gguf` adds a real model. `coprune prune` says before it removes a part which of these
+runtimes refused it in the same family.
 """
 _SERVED_OPENING = """
 ## Served

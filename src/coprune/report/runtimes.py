@@ -24,7 +24,7 @@ class Runtime:
     name: str
     version: str
     refused: str | None
-    """The first removed part with which it fails to read the family's models; None if it reads all."""
+    """The first removed part with which it refuses the family's models or computes other values; None if it reads all."""
 
     @property
     def called(self) -> str:
@@ -56,7 +56,7 @@ def refusals(model_type: str, parts: Collection[str]) -> str | None:
         return None
     named, fewer = " and ".join(refused), " and ".join(dict.fromkeys(refused.values()))
     others = " or ".join(part for part in ("channels", "blocks") if part not in fewer)
-    return f"{named} could not read {model_type} with fewer {fewer} when tested; to serve with it, remove {others} instead."
+    return f"{named} failed on {model_type} with fewer {fewer} when tested; to serve with it, remove {others} instead."
 
 
 def loads_in(model_type: str, removals: Sequence[AnyRemoval]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 from each import each, largest
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 mx.set_default_device(mx.cpu)
@@ -19,14 +20,14 @@ def read(folder: str, tokens: list[int], new: int) -> dict[str, Any]:
     """Return log-probabilities of the next token and the tokens of a greedy continuation."""
     model, _ = load_model(Path(folder))
     model.set_dtype(mx.float32)
-    ids, written, first = list(tokens), [], None
+    cache, ids = make_prompt_cache(model), list(tokens)
+    written, values = list[int](), dict[int, float]()
     for _ in range(new):
-        logits = model(mx.array([ids]))[0, -1].astype(mx.float32)
-        if first is None:
-            first = (logits - mx.logsumexp(logits)).tolist()
-        written.append(int(mx.argmax(logits)))
-        ids.append(written[-1])
-    return {"values": largest(first or []), "written": written}
+        logits = model(mx.array([ids]), cache=cache)[0, -1].astype(mx.float32)
+        values = values or largest((logits - mx.logsumexp(logits)).tolist())
+        ids = [int(mx.argmax(logits))]
+        written += ids
+    return {"values": values, "written": written}
 
 
 if __name__ == "__main__":
