@@ -44,7 +44,9 @@ def said_by(dense: Callable[[], tuple[Any, Any]], text: str, seqlen: int, tokens
         model, tokenizer = dense()
         windows = cut_windows(evaluation_tokens(text, tokenizer, seqlen, limit_tokens=tokens).tokens, seqlen)
         begun(windows, tokenizer)
-        logits = torch.cat([model(window[None]).logits.half() for window in windows])
+        logits = torch.empty(*windows.shape, model.config.get_text_config().vocab_size, dtype=torch.float16)
+        for kept, window in zip(logits, windows, strict=True):
+            kept.copy_(model(window[None]).logits[0])
         save_file({"windows": windows, "logits": logits}, partial := file.with_suffix(".partial"))
         partial.replace(file)
     return Said(**load_file(file))

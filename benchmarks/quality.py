@@ -14,6 +14,7 @@ were dequantised, so the figures compare methods, not models.
     python benchmarks/quality.py --methods sparsegpt,balanced --nsamples 32 --seeds 0,1,2 --picture quality.svg
     python benchmarks/quality.py --methods all --patterns 0.5,0.6,0.7,2:4,4:8 --seeds 0,1,2    # everything: hours
     TASK_DATA=my-data python benchmarks/quality.py --methods wanda,sparsegpt,balanced --patterns 2:4 --tasks 100    # zero-shot
+    TASK_DATA=my-data python benchmarks/quality.py --model FOLDER --methods wanda --tasks 100 --task-names arc_easy    # one task
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--eval-tokens", type=int, default=65536)
     parser.add_argument("--answers", type=int, default=0, help="prompts whose dense answers KL is measured along, too")
     parser.add_argument("--tasks", type=int, default=0, help="items of each zero-shot task [no tasks]")
+    parser.add_argument("--task-names", default=",".join(TASKS), help="zero-shot tasks, comma-separated")
     parser.add_argument("--minutes", type=float, default=2.0, help="of the training of `wanda+lora`")
     parser.add_argument("--propagation", help="block, sequential or dense [the methods' default: block]")
     parser.add_argument("--folder", type=Path, default=Path("out/quality"), help="where the cells' results are kept")
@@ -141,7 +143,7 @@ def cell(arguments: argparse.Namespace, method: str, pattern: str, seed: int) ->
         "seqlen": arguments.seqlen,
         "eval_tokens": arguments.eval_tokens,
         "answers": arguments.answers,
-        **({"tasks": arguments.tasks} if arguments.tasks else {}),
+        **({"tasks": arguments.tasks, "task_names": arguments.task_names} if arguments.tasks else {}),
         "propagation": arguments.propagation,
         # A changed preset or changed defaults are measured again.
         "how": how,
@@ -270,7 +272,7 @@ def accuracies(settings: dict[str, Any], model: Any, processor: Any) -> dict[str
     import coprune
     from coprune.evaluation.zero_shot import MAIN_METRIC
 
-    asked: Any = {"tasks": TASKS, "include_path": "docs/tasks", "limit": settings["tasks"]}
+    asked: Any = {"tasks": settings["task_names"].split(","), "include_path": "docs/tasks", "limit": settings["tasks"]}
     measured = coprune.evaluate(model, processor=processor, **asked).zero_shot
     assert measured is not None
     scores = {one.task: one.metrics[MAIN_METRIC] for one in measured.tasks}

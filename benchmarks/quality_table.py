@@ -89,7 +89,7 @@ def row(group: list[dict[str, Any]], sparsegpt: list[dict[str, Any]], dense: dic
 
 
 def accuracies(group: list[dict[str, Any]]) -> dict[str, str]:
-    """Zero-shot accuracies in per cent: the mean of the tasks with its standard error, and each task; the mean over the seeds."""
+    """Zero-shot accuracies in per cent, means over the seeds: the mean of the tasks with its standard error and each task."""
     tasks = {
         name: (
             statistics.fmean(100 * one["accuracy"][name][0] for one in group),
@@ -97,6 +97,9 @@ def accuracies(group: list[dict[str, Any]]) -> dict[str, str]:
         )
         for name in group[0]["accuracy"]
     }
+    if len(tasks) == 1:
+        ((name, (value, error)),) = tasks.items()
+        return {name: f"{value:.0f} ± {error:.1f}"}
     mean = statistics.fmean(value for value, _ in tasks.values())
     error = math.hypot(*(error for _, error in tasks.values())) / len(tasks)
     return {"mean of tasks": f"{mean:.1f} ± {error:.1f}"} | {name: f"{value:.0f}" for name, (value, _) in tasks.items()}
