@@ -12,15 +12,21 @@ from transformers import GenerationMixin
 
 import coprune
 from coprune.base.errors import UnsupportedModel
+from coprune.base.progress import Reporter
 from coprune.evaluation.answers import answer_generation, run_answers
 from coprune.evaluation.answers.answer_records import Answers
+from coprune.evaluation.answers.questions import plan_of
+from coprune.evaluation.answers.run_answers import Look
 from coprune.evaluation.measurement import Measured
+from coprune.model.checkpoint.weights import InMemory
+from coprune.model.loaded_model import Loaded
+from coprune.recipe.answers import AnswersPart
 from coprune.report.schema import Report
 from coprune.run.context import Run
 from coprune.stages import run_stages
 from support.commands import Ended, run_command
 from support.pico import pico_model
-from support.pico_folder import save_pico, write_words
+from support.pico_folder import pico_tokenizer, save_pico, write_words
 
 pytestmark = pytest.mark.usefixtures("whole_answers")
 
@@ -311,3 +317,16 @@ def test_answers_of_the_dense_model_are_cached_across_texts(
     assert [name for which, name in measured if which == "dense"] == ["words.txt", "other.txt"]
     samples = [[sample.dense for sample in report.answers.samples] for report in reports]
     assert samples[0] == samples[1] == samples[2]
+
+
+def test_a_model_whose_code_is_float32_answers_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run_answers, "multiplies_bfloat16", lambda device: True)
+    model = pico_model("xlnet")  # its relative positions are float32 whatever the weights are
+    plan = plan_of(AnswersPart(), saves=True)
+    loaded = Loaded(InMemory(model), pico_tokenizer(), "xlnet", False)
+    look = Look(plan)
+    look.prepare(loaded, Reporter(quiet=True))
+    assert look.rounds
+    look.ask_dense(loaded, Reporter(quiet=True))
+    assert look.dense is not None
+    assert not look.rounds

@@ -151,7 +151,13 @@ class Look:
         batch_size: int | None,
     ) -> Answers:
         began = time.perf_counter()
-        with held_in_bfloat16(model) if self.rounds else nullcontext():
+        try:
+            with held_in_bfloat16(model) if self.rounds else nullcontext():
+                answers = ask(model, tokenizer, questions, reporter, batch_size)
+        except RuntimeError:
+            if not self.rounds:
+                raise
+            self.rounds = False  # code that adds float32 tensors of its own, such as XLNet's positions
             answers = ask(model, tokenizer, questions, reporter, batch_size)
         self._seconds = time.perf_counter() - began
         return answers
