@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
+from coprune.commands import times
 from coprune.evaluation.answers import run_answers
 from coprune.evaluation.answers.answer_generation import ask
 from coprune.evaluation.answers.answer_records import Answers
@@ -287,6 +288,7 @@ def test_a_pruned_model_that_is_trained_answers_once_and_all_of_the_time_has_a_n
         return ask(*arguments)
 
     monkeypatch.setattr(run_answers, "ask", counted)
+    monkeypatch.setattr(times, "_LEAST", 0.0)  # small models take no time
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # other tests ask the dense model, too
     text = str(write_text(tmp_path / "text.txt", 700))
     how = "-m magnitude -p 2:4 --seqlen 16 --device cpu --finetune lora --finetune-tokens 32 --no-eval -q"
