@@ -61,10 +61,8 @@ def main() -> int:
     own, rows = _read("transformers", Path(sys.executable), tried, options.folders), list[Row]()
     for runtime in RUNTIMES:
         if runtime.name in options.runtimes:
-            python, readable = (
-                environment(runtime, options.environments),
-                [one for one in tried if one.kind in runtime.kinds],
-            )
+            python = environment(runtime, options.environments)
+            readable = [one for one in tried if one.kind in runtime.kinds]
             answers = _read(runtime.name, python, readable, options.folders)
             rows += [_row(one, runtime.name, answers[one.folder], own[one.folder]) for one in readable]
     kept = [row for row in read_rows() if not any(row.key == new.key for new in rows)]

@@ -14,8 +14,9 @@ from coprune.commands.closing import closing_of_training
 from coprune.commands.options import TrainingCommand, help_all_option, training_options, with_options
 from coprune.commands.recipe_options import ModelOption, named_model
 from coprune.commands.terminal import end_unless_held, show
-from coprune.commands.times import TRAINING, Times
+from coprune.commands.times import Times
 from coprune.recipe.views import training_recipe
+from coprune.training.training_events import TrainingPhase
 
 READ_WITH = {"cls": TrainingCommand}
 
@@ -47,7 +48,7 @@ def finetune(
     report = run_finetuning(recipe, reporter, began=began)
     if rank() == 0:
         show(str(report))
-        show(f"time      {times.line({TRAINING: report.seconds})}")
+        show(f"time      {times.line({TrainingPhase.TRAIN: report.seconds})}")
         show(f"curves    {report.settings.training_folder / 'finetune.json'}")
         show(f"page      {report.settings.training_folder / 'report.html'}")
         for name, line in closing_of_training(report):

@@ -6,11 +6,12 @@ import time
 from typing import TYPE_CHECKING
 
 from coprune.base.progress import Event
+from coprune.training.training_events import TrainingPhase, TrainingPhaseDone
 
 if TYPE_CHECKING:
     from coprune.report.schema import Report
 
-CHOOSING, TRAINING = "choose weights and compare layers", "train"
+CHOOSING = "choose weights and compare layers"
 _BLOCKS = "run the blocks"
 _LEAST = 0.1
 
@@ -30,7 +31,6 @@ class Times:
     def hear(self, event: Event) -> None:
         """Add the seconds in an event; a listener of a reporter."""
         from coprune.run.phase_events import BlockPruned, Phase, PhaseDone
-        from coprune.training.training_events import TrainingPhaseDone
 
         if isinstance(event, BlockPruned):
             spent = sum(matrix.seconds for matrix in event.matrices)
@@ -66,4 +66,4 @@ class Times:
 def of_any_process(report: Report) -> dict[str, float]:
     """Return the seconds in a run's report, some of which may be an earlier process's, by part."""
     found = {CHOOSING: sum(matrix.seconds for matrix in report.matrices)}
-    return found if report.finetuned is None else found | {TRAINING: 60 * report.finetuned.minutes}
+    return found if report.finetuned is None else found | {TrainingPhase.TRAIN: 60 * report.finetuned.minutes}

@@ -111,10 +111,9 @@ class _Dense:
         if store.folder is None:
             return measure()
         key = key_of("dense", 4, what=what, **self._computed, **facts)
-        if (known := store.find(key, kind)) is None:
-            return store.get(key, kind, measure)
-        self._run.reuse.saved.dense += known.seconds
-        return known.record
+        record, spared = store.get_sparing(key, kind, measure)
+        self._run.reuse.saved.dense += spared
+        return record
 
     @cached_property
     def _computed(self) -> dict[str, Any]:

@@ -78,6 +78,12 @@ class Store:
             self.complete(key, record, time.perf_counter() - started)
             return record
 
+    def get_sparing(self, key: Key, kind: type[Record], make: Callable[[], Record]) -> tuple[Record, float]:
+        """Return a result like `get`, and the seconds that it took if it was complete before; 0 if it was made now."""
+        if (found := self.find(key, kind)) is None:
+            return self.get(key, kind, make), 0.0
+        return found.record, found.seconds
+
     def seconds(self, step: str = "*") -> list[float]:
         """Return the seconds of each complete result of a step, by default of all steps."""
         found = (

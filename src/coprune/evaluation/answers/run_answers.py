@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -43,7 +42,8 @@ class Look:
         self._reference = reference
         self._questions: Questions | None = None
         self.rounds = False
-        """Whether a float32 model answers in bfloat16."""
+        """Whether a float32 model answers in bfloat16; no longer once its code turned out to need float32."""
+        self._rounded = dict[str, str]()  # of stored answers' keys: the same whether or not the model's code can
         self._rows: KeptRows | None = None
         self._along: Along | None = None
         self.dense: Answers | None = None
@@ -70,6 +70,7 @@ class Look:
         try:
             self._questions = _questions(self._plan, loaded)
             self.rounds = _rounds(loaded, self._plan)
+            self._rounded = {"rounded": "bfloat16"} if self.rounds else {}
         except BadInput as error:
             if self._plan.is_asked:
                 raise
@@ -95,7 +96,11 @@ class Look:
                 return self._ask(model, tokenizer, questions, reporter, batch_size)
 
         try:
-            self.dense = answer() if self._model is None else self._stored(self._model, questions.plan, answer)
+            if self._model is None:
+                self.dense = answer()
+            else:
+                key = key_of_files(self._model, questions.plan, **self._rounded)
+                self.dense, self.spared = Store.of_user().get_sparing(key, Answers, answer)
         except UnsupportedModel as error:
             if questions.plan.is_asked:
                 raise
@@ -130,17 +135,6 @@ class Look:
         if self._questions is not None and self.answers is not None:
             key = key_of_files(saved, self._questions.plan, **self._rounded)
             Store.of_user().complete(key, self.answers, self._seconds)
-
-    def _stored(self, model: ModelPart, plan: Plan, answer: Callable[[], Answers]) -> Answers:
-        store, key = Store.of_user(), key_of_files(model, plan, **self._rounded)
-        if (known := store.find(key, Answers)) is None:
-            return store.get(key, Answers, answer)
-        self.spared = known.seconds
-        return known.record
-
-    @property
-    def _rounded(self) -> dict[str, str]:
-        return {"rounded": "bfloat16"} if self.rounds else {}
 
     def _ask(
         self,
