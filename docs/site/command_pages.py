@@ -1,4 +1,4 @@
-"""What every command takes and a recipe holds, written as Markdown from the code when the site is built."""
+"""The reference of commands and of a recipe's settings, made from the code as Markdown when the site is built."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from coprune.commands.app import app
 from coprune.recipe.tree import LEAVES
 
 MARKER = "<!-- every command with its options -->"
-"""Where `commands.md` has them."""
+"""The comment in `commands.md` that they replace."""
 SETTINGS_MARKER = "<!-- every setting by its group -->"
-"""Where `recipe.md` has them."""
+"""The comment in `recipe.md` that they replace."""
 # A command that takes most of prune's options names these only.
 _MANY = 20
 _DEFAULT = re.compile(r"\s+\[(?:default: )?([^\[\]]*)\]$")
@@ -25,13 +25,13 @@ Groups = dict[str, list[tuple[str, str]]]
 
 
 def commands() -> dict[str, Any]:
-    """Every command by its name."""
+    """Return the commands by name."""
     found: Any = typer.main.get_command(app)
     return dict(found.commands.items())
 
 
 def all_commands() -> str:
-    """The part of the page that is made from the code."""
+    """Return the reference of all commands."""
     known = commands()
     of_prune = {row for rows in _groups("prune", known["prune"]).values() for row in rows if row[0].startswith("-")}
     parts: list[str] = []
@@ -50,7 +50,7 @@ def all_commands() -> str:
 
 
 def all_settings() -> str:
-    """The table of a recipe's settings, by the groups of `--help`."""
+    """Return the table of a recipe's settings, in the groups of `--help`."""
     groups: dict[str, list[str]] = {}
     for word, leaf in LEAVES.items():
         groups.setdefault(leaf.part.title, []).append(f"`{word}`")
@@ -59,7 +59,7 @@ def all_settings() -> str:
 
 
 def _groups(name: str, command: Any) -> Groups:
-    """The options of a command by the titles of its `--help`, without the one that shows it."""
+    """Return a command's options by the titles of its `--help`, without `--help` itself."""
     found: Groups = command.groups(typer.Context(command, info_name=f"coprune {name}"))
     return {title: [row for row in rows if not row[0].endswith("--help")] for title, rows in found.items()}
 
@@ -69,7 +69,7 @@ def _first(names: str) -> str:
 
 
 def _told(text: str) -> Iterator[str]:
-    """The paragraphs of a command's help, with its examples as code."""
+    """Return the paragraphs of a command's help, with examples as code."""
     for paragraph in text.split("\n\n"):
         begin, _, example = paragraph.partition("Example: ")
         if example and not begin:
@@ -79,7 +79,7 @@ def _told(text: str) -> Iterator[str]:
 
 
 def _help(text: str) -> str:
-    """An option's help, its default said in a sentence."""
+    """Return an option's help, with the default as a sentence."""
     text = _RANGE.sub("", text)
     if text.endswith("[required]"):
         return _marked(text.removesuffix("[required]").rstrip()) + " **Required.**"
@@ -91,7 +91,7 @@ def _help(text: str) -> str:
 
 
 def _marked(text: str) -> str:
-    """Text as Markdown: what is code already stays, flags become code, and signs mean nothing."""
+    """Convert text to Markdown: code stays, flags become code, other markup is escaped."""
     pieces = re.split(r"(`[^`]*`)", text)
     return "".join(piece if piece.startswith("`") else _escaped(piece) for piece in pieces)
 

@@ -20,7 +20,7 @@ _HEIGHT, _STEP, _LETTERS = 40, 19, 15
 
 @dataclass(frozen=True)
 class Box:
-    """A filled box with lines of text, by its upper left corner."""
+    """A filled box with lines of text, positioned by its upper left corner."""
 
     x: float
     y: float
@@ -52,7 +52,7 @@ class Box:
 
 @dataclass
 class Drawing:
-    """What is drawn, in the order in which it was added."""
+    """The shapes of a picture, in drawing order."""
 
     title: str
     parts: list[str] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Drawing:
 
 
 def walk() -> Drawing:
-    """The one loop over blocks, in `block` propagation."""
+    """Draw the loop over blocks, in `block` propagation."""
     d = Drawing("The walk over blocks")
     text = d.box(110, 8, 260, "calibration text", DATA)
     record = d.box(70, 76, 340, "record the arguments of all blocks,\nprove that they can be replayed")
@@ -115,7 +115,7 @@ def walk() -> Drawing:
 
 
 def propagation() -> Drawing:
-    """What each kind of propagation runs, from a block's inputs to its outputs."""
+    """Draw what each kind of propagation runs, from a block's inputs to its outputs."""
     d = Drawing("Three kinds of propagation")
     rows = {
         "block: two passes over a block": ["run dense,\nstatistics", "prune", "run\npruned"],
@@ -137,7 +137,7 @@ def propagation() -> Drawing:
 
 
 def proof() -> Drawing:
-    """The real forward beside the replay."""
+    """Draw the real forward beside the replay."""
     d = Drawing("The proof: one real forward beside the replay")
     d.box(8, 8, 190, "one real forward", TITLE)
     d.box(282, 8, 190, "the replay", TITLE)
@@ -158,7 +158,7 @@ def proof() -> Drawing:
 
 
 def rooms() -> Drawing:
-    """The rooms, each on those that it uses."""
+    """Draw the rooms, each above those that it uses."""
     d = Drawing("The rooms of the code: each uses those below it")
     told = {
         "commands": "one command, one file",

@@ -1,4 +1,4 @@
-"""What mkdocs is told beyond its pages: files of the root are pages too, and some parts are made from the code."""
+"""mkdocs hooks: files of the root become pages, and some parts are made from the code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 OF_THE_ROOT = {"log.md": "LOG.md", "changelog.md": "CHANGELOG.md"}
-"""Pages that are files of the root, which GitHub and readers of a source distribution look for there."""
+"""Pages that are files of the root, where GitHub and readers of a source distribution expect them."""
 _FILE_NAME = re.compile(r"\[(?:docs/)?([\w/-]+\.md)\]\(")
 RESULTS = "<!-- the results in README.md -->"
-"""Where `results.md` has them."""
+"""The comment in `results.md` that they replace."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -29,7 +29,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put in place what a page says that it has, and call other pages by their titles rather than by their files."""
+    """Insert the generated parts of a page, and show links to other pages by title instead of file name."""
     made = {
         "commands.md": (command_pages.MARKER, command_pages.all_commands),
         "recipe.md": (command_pages.SETTINGS_MARKER, command_pages.all_settings),
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Keep short code and every option on one line: browsers break behind hyphens."""
+    """Keep short code and every option on one line, since browsers break lines after hyphens."""
     html = re.sub(r"<code>([^<\n]{1,24})</code>", r'<code class="short">\1</code>', html)
     return re.sub(r"<code>.*?</code>", lambda code: _whole_options(code[0]), html, flags=re.DOTALL)
 
@@ -56,7 +56,7 @@ def _whole_options(code: str) -> str:
 
 
 def _titles(entries: Any) -> Iterator[tuple[str, str]]:
-    """Every page of the nav with its title there."""
+    """Return the pages of the nav with their titles."""
     for entry in entries:
         for title, below in entry.items() if isinstance(entry, dict) else ():
             if isinstance(below, str):
@@ -66,13 +66,13 @@ def _titles(entries: Any) -> Iterator[tuple[str, str]]:
 
 
 def _of_the_root(name: str) -> str:
-    """A file of the root, its links as they are seen from docs/."""
+    """Return a file of the root, with its links relative to docs/."""
     text = (ROOT / name).read_text(encoding="utf-8")
     return re.sub(r"\]\(docs/", "](", text)
 
 
 def _results() -> str:
-    """What README.md says under "Results"."""
+    """Return the section "Results" of README.md."""
     found = re.search(r"^## Results\n(.*?)(?=^## )", _of_the_root("README.md"), re.DOTALL | re.MULTILINE)
     if found is None:
         raise PluginError('README.md has no part "Results"')

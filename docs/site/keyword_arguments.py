@@ -1,6 +1,6 @@
-"""Keyword arguments of coprune's functions as types: what editors complete and show, and type checkers hold calls to.
+"""Write the keyword arguments of coprune's functions as types, for editors and type checkers.
 
-`make keywords` writes them into the package from the settings themselves; a test compares.
+`make keywords` writes them into the package from the settings; a test compares the two.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def written() -> str:
     own = {name: (_joined(kinds), " ".join(texts)) for name, (kinds, texts) in options.items() if name not in plain}
     shared = {name: key for name, key in plain.items() if measuring.get(name) == training.get(name) == key}
     kinds = [
-        ("SharedArguments(TypedDict", "What pruning, training and measuring are asked for alike.", shared),
-        ("RecipeArguments(SharedArguments", "The settings of a recipe, but for the model and the method.", plain),
-        ("PruneArguments(RecipeArguments", "The same with the methods' own options, for those that have them.", own),
+        ("SharedArguments(TypedDict", "Settings that pruning, training and measuring share.", shared),
+        ("RecipeArguments(SharedArguments", "The settings of a recipe, except the model and the method.", plain),
+        ("PruneArguments(RecipeArguments", "The settings of a recipe, and the methods' own options.", own),
         ("MeasureArguments(SharedArguments", "The measurements of a model, and how they are done.", measuring),
-        ("FinetuneArguments(SharedArguments", "The settings of a training, but for model and mode.", training),
+        ("FinetuneArguments(SharedArguments", "The settings of a training, except the model and the mode.", training),
         *(
             (f"{one.__name__.removesuffix('Settings')}Arguments(TypedDict", one.__doc__, _of_model(one))
             for one in _MODELS

@@ -1,4 +1,4 @@
-"""The package's long description: README.md without what leads nowhere on a package index.
+"""The package's long description: README.md without links that lead nowhere on a package index.
 
 The picture and the links to other files are relative. As long as `project.urls` names no repository, there is nothing to
 make them absolute with.
@@ -22,7 +22,7 @@ def long_description(readme: str) -> str:
 
 
 class LongDescription(MetadataHookInterface):
-    """The hook by which hatchling takes the long description from here."""
+    """The hatchling hook that sets the long description."""
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Add the long description to the project's metadata."""

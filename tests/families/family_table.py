@@ -31,7 +31,7 @@ Every type that the Auto classes below build was tried as a tiny random model, p
 - **Wrong**: anything else.
 - **Not built**: no tiny model of it could be made or run here.
 
-A type stands in the first part that it belongs to, and again only where its result differs. Reasons and layers of each are in
+A type is listed in the first part that it belongs to, and again only where its result differs. Reasons and layers of each are in
 `tests/families/results.jsonl`. `make families` writes this page.
 """
 _REFUSED = {

@@ -33,10 +33,10 @@ def describe_methods(name: str | None = None) -> list[str]:
     chosen = {name: find_method(name)} if name is not None else all_methods()
     lines = []
     for title, method in chosen.items():
-        needs = method.statistic.__name__ if method.statistic is not None else "nothing"
+        needs = method.statistic.__name__ if method.statistic is not None else "none"
         origin = origin_of(title)
         source = "" if origin is None else f"; from {origin}"
-        lines.append(f"{title}: {_first_line(type(method).__doc__)} (needs of the inputs: {needs}{source})")
+        lines.append(f"{title}: {_first_line(type(method).__doc__)} (input statistic: {needs}{source})")
         comments = field_comments(type(method))
         for field in dataclasses.fields(method):
             flag = field.name.replace("_", "-")

@@ -18,7 +18,7 @@ Named = str | Mapping[str, Any] | Choice
 
 
 class SharedArguments(TypedDict, total=False):
-    """What pruning, training and measuring are asked for alike."""
+    """Settings that pruning, training and measuring share."""
 
     device: str
     """auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
@@ -50,7 +50,7 @@ class SharedArguments(TypedDict, total=False):
 
 
 class RecipeArguments(SharedArguments, total=False):
-    """The settings of a recipe, but for the model and the method."""
+    """The settings of a recipe, except the model and the method."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     """Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."""
@@ -242,7 +242,7 @@ class RecipeArguments(SharedArguments, total=False):
 
 
 class PruneArguments(RecipeArguments, total=False):
-    """The same with the methods' own options, for those that have them."""
+    """The settings of a recipe, and the methods' own options."""
 
     group: Literal["row", "matrix"]
     """Weights that compete: those of the whole matrix (the usual baseline) or of one output row. Weights that compete:
@@ -307,7 +307,7 @@ class MeasureArguments(SharedArguments, total=False):
 
 
 class FinetuneArguments(SharedArguments, total=False):
-    """The settings of a training, but for model and mode."""
+    """The settings of a training, except the model and the mode."""
 
     dataset: CalibrationData
     """Text to train on, as in prune: wikitext2, c4, embedded, a datasets id or a local file; pairs or recordings, if
