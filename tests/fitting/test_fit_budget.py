@@ -92,6 +92,19 @@ def test_a_text_uses_as_many_items_as_the_budget_allows(opened: Opening, tmp_pat
     assert same == more  # those of the earlier call
 
 
+def test_items_suffice_for_a_model_that_loses_half_of_what_is_allowed(opened: Opening, tmp_path: Path) -> None:
+    tasks = text_task(tmp_path, 2000)
+    (usual,) = Budget(opened(tasks), 30.0, 1).carried({tasks[0].key: 8})
+    least = len(usual.unseen)
+    (file,) = tmp_path.glob("**/items.json")
+    file.unlink()  # a call that has counted no items yet
+    (more,) = Budget(opened(tasks), 30.0, 1).carried({tasks[0].key: least})
+    assert len(more.unseen) == 2 * least
+    file.unlink()
+    (half_as_long,) = Budget(opened(tasks), 15.0, 1).carried({tasks[0].key: least})
+    assert len(half_as_long.unseen) == pytest.approx(1.25 * least, rel=0.05)  # a quarter of the budget, not half of it
+
+
 def test_a_budget_too_short_for_a_proof_is_refused_before_the_search(opened: Opening, tmp_path: Path) -> None:
     tasks = text_task(tmp_path, 2000)
     with pytest.raises(BadInput, match=r"too short for one candidate; the minimum is about \d"):

@@ -26,6 +26,10 @@ _TRAINING_COST = 4.0
 """Time per token of training relative to reading: two models forward, one backward, in float32."""
 _READING, _OWN = 0.1, 0.05
 """Shares of the budget for reading all items with the dense model, and for generating its own text."""
+_PROVING = 0.25
+"""Share for reading them if fewer could prove only a model that loses almost nothing."""
+_LOSING_HALF = 2
+"""A model that loses half of what a condition allows needs about this many times the items of one that loses nothing."""
 _DISTILLED_SHARE = 0.3
 """Share of the remaining budget for one distillation."""
 DISTILLED = (8_192, 262_144)
@@ -138,7 +142,7 @@ class Budget:
         Items used by an earlier call are kept. A few items are timed with the dense model.
 
         Args:
-            least: minimum number of unseen items for a proof, by the task's key.
+            least: minimum number of unseen items for a proof of a model that loses nothing, by the task's key.
 
         Raises:
             BadInput: the budget is too short for one candidate on these items.
@@ -152,8 +156,10 @@ class Budget:
         by_time = sorted(tasks, key=lambda task: paces.items[task.key] * len(task.unseen))
         for number, task in enumerate(by_time):  # longer tasks get what shorter ones leave of their share
             share = int(left / (len(tasks) - number) / (2 * paces.items[task.key]))
+            proving = int(_PROVING * self.seconds / len(tasks) / (2 * paces.items[task.key]))
+            useful = max(share, least[task.key], min(_LOSING_HALF * least[task.key], proving))
             whole = max(len(task.seen), len(task.unseen))
-            wanted[task.key] = min(whole, max(share, least[task.key], LEAST_HALF, before.get(task.key, 0)))
+            wanted[task.key] = min(whole, max(useful, LEAST_HALF, before.get(task.key, 0)))
             left = max(0.0, left - 2 * paces.items[task.key] * wanted[task.key])
         found = tuple(_first(task, wanted[task.key]) for task in tasks)
         places = {task.name: [*task.seen, *task.unseen] for task in found}
