@@ -108,13 +108,15 @@ def row_of(
         "MB": f"{chosen['bytes'] / 1e6:.1f}",
         "tokens/s": f"{speed[found.chosen]:.0f}",
         "of the best plain": "" if plain is None else f"{chosen['bytes'] / plain['bytes']:.2f}",
-        "above required": f"{chosen['mean']:+.4f}",
-        "at least": f"{chosen['low']:+.4f}",
+        **{
+            name: f"{chosen[key]:+.4f}" if found.kept else ""
+            for name, key in (("above required", "mean"), ("at least", "low"))
+        },
         "best plain": "" if plain is None else plain["name"],
         "plain tokens/s": "" if plain is None else f"{speed[plain['name']]:.0f}",
         "plain MB": "" if plain is None else f"{plain['bytes'] / 1e6:.1f}",
         "dense MB": f"{rows[0]['bytes'] / 1e6:.1f}",
-        "items": found.lines[0].rsplit(", ", 1)[-1].removesuffix(" items)"),
+        "items": str(facts["tasks"][0]["unseen items"]),
         "tried": str(len(rows) - 1),
         "budget": asked.budget,
         "minutes": f"{facts['seconds'] / 60:.1f}",
