@@ -9,6 +9,9 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from threading import RLock
+
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -22,6 +25,7 @@ def forked(work: Callable[[], object]) -> int:
         child = os.fork()
     if child != 0:
         return child
+    tqdm.set_lock(RLock())  # its own lock is shared by all forks, and one of them may be killed while it holds it
     code = 1
     try:
         work()

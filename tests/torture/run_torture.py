@@ -72,7 +72,9 @@ def _disturbances(undisturbed: Undisturbed, seed: int, count: int, how: str) -> 
         name = list(undisturbed.works)[number % len(undisturbed.works)]
         hit, wrong = undisturbed.disturbed(name, random.Random(f"{seed} {how} {number}"), how)
         times[name] += hit
-        bad += [f"{name}, {how} {number}: {one}" for one in wrong]
+        for one in wrong:
+            bad.append(f"{name}, {how} {number}: {one}")
+            print(bad[-1], flush=True)
         if number % 10 == 9 or number == count - 1:
             told = ", ".join(f"{hits} × {name}" for name, hits in times.items())
             print(f"{number + 1} runs, {times.total()} {how} ({told}); {len(bad)} not as promised", flush=True)
