@@ -18,6 +18,7 @@ from coprune.fitting.candidates import DENSE, EXACT, MIXED, Candidate
 from coprune.fitting.fit_notes import Asked
 from coprune.fitting.making import Done
 from coprune.fitting.reader import Reader
+from coprune.fitting.require import few_items, read_conditions
 from coprune.fitting.tasks import Task, read_tasks
 from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.llama_cpp import has_llama_cpp
@@ -103,6 +104,19 @@ def test_items_suffice_for_a_model_that_loses_half_of_what_is_allowed(opened: Op
     file.unlink()
     (half_as_long,) = Budget(opened(tasks), 15.0, 1).carried({tasks[0].key: least})
     assert len(half_as_long.unseen) == pytest.approx(1.25 * least, rel=0.05)  # a quarter of the budget, not half of it
+
+
+def test_items_that_prove_only_a_model_like_the_dense_one_are_told(tmp_path: Path) -> None:
+    (condition,) = read_conditions("acceptance>=0.9")
+    few, enough = prompt_tasks(tmp_path, 60)[0], prompt_tasks(tmp_path, 120)[0]
+    assert few_items(condition, few, [1.0] * 30) == (
+        f"60 items of {few.name} prove acceptance>=0.9 only for a model that loses little; one that loses half of what is "
+        "allowed needs about 116: add items, or require acceptance>=0.81"
+    )
+    assert not few_items(condition, enough, [1.0] * 60)
+    half = [0.95] * 58  # loses half of what is allowed
+    assert condition.is_kept(half, [1.0] * 58)
+    assert not condition.is_kept(half[:30], [1.0] * 30)
 
 
 def test_a_budget_too_short_for_a_proof_is_refused_before_the_search(opened: Opening, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from coprune.base.errors import BadInput
 from coprune.base.words import Set, Setting
 from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, Candidate
 from coprune.fitting.fit_notes import Sizes, noted
+from coprune.fitting.require import LOSING_HALF
 from coprune.fitting.score import ANSWER_TOKENS
 from coprune.fitting.tasks import LEAST_HALF, Task
 from coprune.fitting.workshop import Workshop
@@ -28,8 +29,6 @@ _READING, _OWN = 0.1, 0.05
 """Shares of the budget for reading all items with the dense model, and for generating its own text."""
 _PROVING = 0.25
 """Share for reading them if fewer could prove only a model that loses almost nothing."""
-_LOSING_HALF = 2
-"""A model that loses half of what a condition allows needs about this many times the items of one that loses nothing."""
 _DISTILLED_SHARE = 0.3
 """Share of the remaining budget for one distillation."""
 DISTILLED = (8_192, 262_144)
@@ -157,7 +156,7 @@ class Budget:
         for number, task in enumerate(by_time):  # longer tasks get what shorter ones leave of their share
             share = int(left / (len(tasks) - number) / (2 * paces.items[task.key]))
             proving = int(_PROVING * self.seconds / len(tasks) / (2 * paces.items[task.key]))
-            useful = max(share, least[task.key], min(_LOSING_HALF * least[task.key], proving))
+            useful = max(share, least[task.key], min(LOSING_HALF * least[task.key], proving))
             whole = max(len(task.seen), len(task.unseen))
             wanted[task.key] = min(whole, max(useful, LEAST_HALF, before.get(task.key, 0)))
             left = max(0.0, left - 2 * paces.items[task.key] * wanted[task.key])

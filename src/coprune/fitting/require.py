@@ -37,6 +37,8 @@ WORST, WORST_BITS = 8, 2
 """Items are clipped at this multiple of the limit: for kl or an increase in bits, and for bits."""
 _LEAST_ALLOWED = 0.01
 """Minimum increase in bits for this clipping, if the limit is lower."""
+LOSING_HALF = 2
+"""A model that loses half of what a condition allows needs about this many times the items of one that loses nothing."""
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _CONDITION = re.compile(
     rf"(?P<name>\w+)\s*(?P<sign><=|>=)\s*(?:dense\s*(?:(?P<by>[*+-])\s*(?P<offset>{_NUMBER}))?|(?P<number>{_NUMBER}))"
@@ -243,6 +245,22 @@ def refuse_few(condition: Condition, task: Task, dense: Sequence[float] | None =
     provable = condition.strictest(unseen, dense)
     fix = "add items" if provable is None else f"add items, or require what {there} can prove at best: {provable.text}"
     raise BadInput(cause, field="task", value=task.name, fix=fix)
+
+
+def few_items(condition: Condition, task: Task, dense: Sequence[float]) -> str:
+    """Return a warning if only a model that loses little could be proven to keep a condition; empty if the items suffice.
+
+    dense: its unseen scores.
+    """
+    least, unseen = condition.least_items(dense), len(task.apart(task.unseen))
+    if least is None or unseen >= LOSING_HALF * least:
+        return ""
+    looser = condition.strictest(unseen // LOSING_HALF, dense)
+    return (
+        f"{len(task.apart(task.seen)) + unseen} items of {task.name} prove {condition.text} only for a model that loses little; "
+        f"one that loses half of what is allowed needs about {2 * LOSING_HALF * least}: add items, or require "
+        f"{'less' if looser is None else looser.text}"
+    )
 
 
 def verdict_of(held: Sequence[Held]) -> Verdict:

@@ -27,7 +27,7 @@ from coprune.fitting.chance import refuse_chance
 from coprune.fitting.finding import Finding, Wish
 from coprune.fitting.fit_notes import Looks, Measured, noted
 from coprune.fitting.made_model import is_file_of
-from coprune.fitting.require import Condition, Held, Verdict, pairs, refuse_few, verdict_of
+from coprune.fitting.require import Condition, Held, Verdict, few_items, pairs, refuse_few, verdict_of
 from coprune.fitting.score import DENSE_SOUND
 from coprune.fitting.tasks import Task
 from coprune.fitting.team import Team, places_ahead
@@ -84,6 +84,8 @@ class Search:
         for condition, task in self._pairs():
             figures = found.of(task, condition.metric, task.apart(task.unseen))
             refuse_few(condition, task, figures)
+            if few := few_items(condition, task, figures):
+                self.workshop.reporter.say(few)
             self.workshop.reporter.say(f"Dense: {condition.metric} {fmean(figures):.3f} on {task.name}")
         self.workshop.collect(self.tasks, self.budget.own)
         return found
