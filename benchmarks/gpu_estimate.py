@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from coprune.base.kernels.gram import WIDE_PANEL
 
 COUNTS = Path(__file__).parents[1] / "tests/support/simdevice/counts.json"
-BEFORE = Path(__file__).with_name("gpu_counts_before.json")
 COUNTED_BATCHES, COUNTED_WIDTHS = 4, (64, 64, 64, 64, 64, 64, 96)
 """Of the small models' blocks in the tables: batches, and the inputs of their matrices."""
 NARROW, WIDE, WIDER, RANKED_AT_ONCE = 256, 512, ", twice as wide", 4096
@@ -92,17 +91,13 @@ class Machine:
 
 
 class Way(NamedTuple):
-    """A way to prune: the method, the counts used, and how the run that counted them differed."""
+    """A way to prune: the method, and the counts used."""
 
     name: str
     method: str
     stages: Stages
-    overlaps: bool = True
-    """Whether blocks are copied beside the computation."""
-    panel: int | None = WIDE_PANEL
-    """Of a Gram matrix, of which only what is right of the diagonal's panels is computed; None for all of it."""
     tensor_cores: bool = True
-    """Whether it is made there from 16 bits; else in float32."""
+    """Whether Gram matrices are made there from 16 bits; else in float32."""
     triton: bool = False
 
 
@@ -173,7 +168,7 @@ def seconds_of_block(way: Way, shape: Shape, machine: Machine) -> dict[str, floa
     solving = shape.weights * 60 / (machine.memory_gbs * giga)
     if way.method == "sparsegpt":
         rate = machine.bf16_tflops if way.tensor_cores else machine.float32_tflops
-        statistics = sum(gram_of(shape.tokens, width, way.panel or width) for width in shape.inputs) / (rate * tera)
+        statistics = sum(gram_of(shape.tokens, width, WIDE_PANEL) for width in shape.inputs) / (rate * tera)
         # Factoring and inverting; every column pushed into the later ones; two layer errors.
         factoring = sum(width**3 for width in shape.inputs) / (machine.factor_tflops * tera)
         updates = sum(rows * columns**2 for rows, columns in shape.matrices)
@@ -184,8 +179,8 @@ def seconds_of_block(way: Way, shape: Shape, machine: Machine) -> dict[str, floa
     waits = asked.waits * machine.wait_us * 1e-6
     weights = 2 * shape.weights / giga
     # Pinned, in beside the computation and out in its queue; what the proof and the check of what was written copy is waited for.
-    one_way = weights / machine.pinned_gbs if way.overlaps else 0.0
-    waited_for = (asked.copies - (2 if way.overlaps else 0)) * weights / machine.pageable_gbs
+    one_way = weights / machine.pinned_gbs
+    waited_for = (asked.copies - 2) * weights / machine.pageable_gbs
     computed = max(products + around + statistics, walked) + max(solving, solved) + waits + one_way
     return {
         "products": products,
@@ -199,16 +194,13 @@ def seconds_of_block(way: Way, shape: Shape, machine: Machine) -> dict[str, floa
     }
 
 
-def ways(before: Stages, now: Stages) -> tuple[Way, ...]:
+def ways(stages: Stages) -> tuple[Way, ...]:
     """The ways that are compared."""
-    old: dict[str, Any] = {"overlaps": False, "panel": None, "tensor_cores": False}
     return (
-        Way("Wanda 2:4, before", "wanda", before, **old),
-        Way("Wanda 2:4", "wanda", now),
-        Way("SparseGPT 2:4, before", "sparsegpt", before, **old),
-        Way("SparseGPT 2:4", "sparsegpt", now, triton=True),
-        Way("SparseGPT 2:4, Gram matrices in float32", "sparsegpt", now, triton=True, tensor_cores=False),
-        Way("SparseGPT 2:4, `inner_loop=torch`", "sparsegpt", now),
+        Way("Wanda 2:4", "wanda", stages),
+        Way("SparseGPT 2:4", "sparsegpt", stages, triton=True),
+        Way("SparseGPT 2:4, Gram matrices in float32", "sparsegpt", stages, triton=True, tensor_cores=False),
+        Way("SparseGPT 2:4, `inner_loop=torch`", "sparsegpt", stages),
     )
 
 
@@ -220,8 +212,9 @@ def table(found: Mapping[str, Mapping[str, float]], blocks: int) -> str:
     return "\n".join(lines)
 
 
-def stages_of(file: Path) -> Stages:
-    stages: Stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
+def counted() -> Stages:
+    """The counts of every stage."""
+    stages: Stages = json.loads(COUNTS.read_text(encoding="utf-8"))["stages"]
     return stages
 
 
@@ -234,7 +227,7 @@ def main() -> None:
         f"An estimate, not a measurement: Llama-3-8B, {shape.samples} × {shape.seqlen} tokens, {shape.blocks} blocks, seconds"
     )
     print(f"Assumed: {assumed}\n")
-    found = {way.name: seconds_of_block(way, shape, machine) for way in ways(stages_of(BEFORE), stages_of(COUNTS))}
+    found = {way.name: seconds_of_block(way, shape, machine) for way in ways(counted())}
     print(table(found, shape.blocks))
 
 

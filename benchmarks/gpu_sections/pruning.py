@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from gpu_estimate import BEFORE, COUNTS, Machine, Shape, seconds_of_block, stages_of, ways
+from gpu_estimate import Machine, Shape, counted, seconds_of_block, ways
 
 import coprune
 from gpu_sections.models import BLOCKS, SMOLLM2, real
@@ -67,9 +67,7 @@ def wide(asked: Asked) -> Result:
     shape = Shape(samples=8, seqlen=32) if asked.tiny else Shape()
     print(f"{BLOCKS} blocks, {shape.samples} × {shape.seqlen} tokens, bfloat16, random weights, streamed.\n")
     head(" ", "s a block", "of it in matrices", f"× {LLAMA3_BLOCKS}", "on paper", *MEMORY)
-    paper = {
-        way.name: seconds_of_block(way, shape, Machine())["all"] for way in ways(stages_of(BEFORE), stages_of(COUNTS))
-    }
+    paper = {way.name: seconds_of_block(way, shape, Machine())["all"] for way in ways(counted())}
     for name, way in WAYS.items():
         data: dict[str, Any] = {"dataset": str(words), "nsamples": shape.samples, "seqlen": shape.seqlen}
         more: dict[str, Any] = {"evaluate": False, "stream": True, "save_model": asked.folder / "pruned"}
