@@ -26,7 +26,7 @@ from coprune.data.text import JoinedText
 from coprune.fitting.candidates import DENSE, TYPES, Candidate
 from coprune.fitting.fit_call import FACTS_FILE, WORK_FOLDER
 from coprune.fitting.fit_notes import Asked
-from coprune.fitting.tasks import read_task
+from coprune.fitting.tasks import read_tasks
 from coprune.fitting.workshop import Workshop
 from coprune.model.checkpoint.locate import locate
 from coprune.sweeps.generation_speed import bench
@@ -58,7 +58,7 @@ def main() -> None:
         types=asked.types,
         text=_TEXT,
     )
-    tasks = (read_task(task, asked.seed, asked.items),)
+    tasks = read_tasks([task], asked.seed, asked.items)
     workshop = Workshop(folder / WORK_FOLDER, Asked(model, tasks, asked.seed, _TEXT), Reporter(quiet=False))
     keep(row_of(asked, found, json.loads((folder / FACTS_FILE).read_text()), speeds(found, workshop)))
     print(found)

@@ -14,7 +14,7 @@ from one_pass import begun
 from torch import Tensor
 
 import coprune
-from coprune.data import calibration_windows
+from coprune.data.windows import calibration_windows
 from coprune.gguf_files.llama_cpp import require_type
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import locate

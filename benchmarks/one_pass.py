@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coprune.data import evaluation_tokens
+from coprune.data.windows import evaluation_tokens
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.closeness import compare_logits
 from coprune.evaluation.perplexity import window_nll

@@ -32,7 +32,7 @@ from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.recipe.recipe import make_recipe
 from coprune.vocabulary.counts import passages
 from coprune.vocabulary.cut import Asked, Cutting
-from coprune.vocabulary.cut_sources import GgufSource
+from coprune.vocabulary.gguf import Gguf
 
 DENSE = ("q8_0", "q4_k_m", "q3_k_m", "iq3_xs", "q2_k")
 EMBEDDINGS = ("q5_0", "q4_0")
@@ -79,9 +79,7 @@ def make(asked: argparse.Namespace, source: Path, name: str) -> Path:
     whole = make(asked, source, f"dense {kind}")
     settings = {"model": str(whole), "remove": f"vocabulary={tokens}", "vocabulary_text": asked.languages or ()}
     structure = make_recipe(settings).remove
-    cutting = Cutting(
-        GgufSource(GgufFile(whole, whole.name)), Asked(structure, "embedded", runs=False), Reporter(quiet=True)
-    )
+    cutting = Cutting(Gguf(GgufFile(whole, whole.name)), Asked(structure, "embedded", runs=False), Reporter(quiet=True))
     cutting.source.cut(file, cutting.size()[0], Reporter(quiet=True))
     return file
 

@@ -14,11 +14,11 @@ from coprune.base.errors import BadInput
 from coprune.base.files import open_given
 from coprune.base.validation import read_yaml
 from coprune.data.local_text import rows_of
-from coprune.fitting.tasks import read_task
 from coprune.model.checkpoint.locate import locate
 from coprune.recipe.recipe import Recipe
 from coprune.removal.expert_choice import ExpertScores
 from support.pico_folder import save_pico
+from support.task_items import read_task
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,9 @@ import datasets
 import pytest
 
 from coprune.base.errors import BadInput
-from coprune.data import calibration_windows, evaluation_tokens
 from coprune.data.corpora import calibration_text, evaluation_text
 from coprune.data.text import Documents, JoinedText
-from coprune.data.windows import draw_from_documents
+from coprune.data.windows import calibration_windows, draw_from_documents, evaluation_tokens
 from support.word_tokenizers import word_tokenizer, words
 
 

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from coprune.base.errors import BadInput
-from coprune.data import calibration_windows, evaluation_tokens, windows
+from coprune.data import windows
 from coprune.data.windows import (
     Sampling,
     TooShort,
+    calibration_windows,
     draw_from_documents,
     draw_samples,
     draw_windows,
+    evaluation_tokens,
     fingerprint,
     held_out_tokens,
     token_ids,

@@ -10,10 +10,9 @@ from coprune.base import limited
 from coprune.base.errors import BadInput
 from coprune.evaluation import harness_trust
 from coprune.evaluation.zero_shot import ZeroShotSettings
-from coprune.fitting.tasks import read_task
 from support.pico import pico_model
 from support.pico_folder import pico_tokenizer
-from support.task_items import DEFINITIONS, word_items
+from support.task_items import DEFINITIONS, read_task, word_items
 
 pytest.importorskip("lm_eval")
 from coprune.evaluation.harness import zero_shot

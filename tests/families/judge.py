@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, ViTImageProcessor, WhisperFeatureExtra
 import coprune
 from coprune.base.errors import CopruneError
 from coprune.base.progress import Reporter
-from coprune.data import calibration_windows
 from coprune.data.images import draw_images, labelled_images, transform_of
 from coprune.data.pairs import Pairs
+from coprune.data.windows import calibration_windows
 from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.load import loaded_by_auto, quiet_transformers, task_of

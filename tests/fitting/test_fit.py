@@ -27,7 +27,7 @@ from coprune.fitting.made_model import digest_of
 from coprune.fitting.making import Making
 from coprune.fitting.reader import POSITIONS, Reader
 from coprune.fitting.score import bits_per_byte, score_item
-from coprune.fitting.tasks import Item, Task, read_task
+from coprune.fitting.tasks import Item, Task
 from coprune.fitting.type_mixtures import mixtures
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop
 from coprune.gguf_files.llama_cpp import LlamaCpp, Quantisation, has_llama_cpp, quantize
@@ -36,6 +36,7 @@ from support.disturbing import in_child
 from support.fits import WITHOUT, WORDS, how, tokens, write
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
+from support.task_items import read_task
 from support.vocabularies import content_of
 
 pytestmark = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-py-sync is not installed")

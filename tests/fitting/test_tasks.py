@@ -11,7 +11,8 @@ import pytest
 from coprune.base.errors import BadInput
 from coprune.fitting.require import wanted
 from coprune.fitting.score import is_right
-from coprune.fitting.tasks import Item, read_task, shared_out
+from coprune.fitting.tasks import Item, shared_out
+from support.task_items import read_task
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "fit"
 

@@ -55,21 +55,6 @@ def test_the_head_gets_contiguous_vectors_and_the_model_is_restored() -> None:
     assert seen == [False]
 
 
-def test_with_a_fixed_cache_transformers_compiles_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs it would compile again around the compiled step."""
-    model, asked = pico_model("llama"), list[GenerationConfig]()
-    own: Any = model.generate
-
-    def note(*args: Any, generation_config: GenerationConfig, **options: Any) -> Any:
-        asked.append(generation_config)
-        return own(*args, generation_config=generation_config, **options)
-
-    monkeypatch.setattr(model, "generate", note)
-    for fixed in (False, True):
-        generate(model, PROMPTS[:1], Generation(2, temperature=0, fixed_cache=fixed))
-    assert [bool(settings.disable_compile) for settings in asked] == [False, True]
-
-
 def texts(answers: list[Answer]) -> list[list[int]]:
     return [answer.tokens for answer in answers]
 

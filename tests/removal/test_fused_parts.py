@@ -27,7 +27,7 @@ ROWS = {
 def test_the_rows_of_a_head_are_found(family: str) -> None:
     model = pico_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for parts in dict(find_parts(prove(model, pico_tokens(1, 16)), ())).values():
+    for parts in dict(find_parts(prove(model, pico_tokens(1, 16)))).values():
         (part,) = (part for part in parts if part.kind == "heads")
         assert part.count == (2 if family in ("phi3", "falcon") else 4)
         masks = part.masks([torch.arange(part.count) == 0])
@@ -64,7 +64,7 @@ def test_the_rows_of_a_head_with_a_gate_or_compressed_keys_are_found(case: str) 
     changes: dict[str, Any] = {"q_lora_rank": None} if more else {}
     model = pico_model(family, **changes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = dict(find_parts(prove(model, pico_tokens(1, 16)), ()))
+    found = dict(find_parts(prove(model, pico_tokens(1, 16))))
     parts = [part for own in found.values() for part in own if part.kind == "heads"]
     assert len(parts) == sum(name.endswith("self_attn.o_proj.weight") for name in before) > 0
     for part in parts:

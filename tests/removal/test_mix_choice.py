@@ -121,7 +121,7 @@ def test_a_resumed_run_compares_nothing_again(home: Path, tmp_path: Path, monkey
 def test_mixes_trade_channels_for_blocks_and_never_leave_too_much(share: float) -> None:
     module = pico_model("llama", num_hidden_layers=16)
     model = prove(module, pico_tokens(1, 24))
-    parts = dict(find_parts(model, ()))
+    parts = dict(find_parts(model))
     counted, most = Counted.of(model, parts), int((1 - share) * module.num_parameters())
     first = next(mixes_for(counted, parts, most, 16))
     mixes = [first, *with_more_blocks(counted, parts, most, 16, first)]

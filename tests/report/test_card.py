@@ -101,7 +101,7 @@ def test_a_plot_shows_the_dense_models_matrix(
     inputs: list[torch.Tensor] = []
     dense = pico_model("llama")
     dense.get_submodule(name).register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-    from coprune.data import calibration_windows
+    from coprune.data.windows import calibration_windows
 
     dense(calibration_windows(str(text), pico_tokenizer(), 2, 32, 0).tokens)
     norm = inputs[0].reshape(-1, weight.shape[1]).square().mean(dim=0).sqrt()

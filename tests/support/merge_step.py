@@ -71,7 +71,7 @@ class Merge(NamedStep):
         if not holds_model(self.model):
             writer = CheckpointWriter(self.model, [*first], sum(one.nbytes for one in first.values()))
             for name in first:
-                if not writer.verify(name):
+                if writer.recall(name) is None:
                     writer.write(name, {name: share * first[name] + (1 - share) * second[name]})
             for file in {*models[0].glob("*.json")} - {models[0] / INDEX_FILE}:
                 shutil.copyfile(file, writer.partial / file.name)

@@ -7,8 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+from coprune.fitting.tasks import Task, read_tasks
+
 DEFINITIONS = Path(__file__).parents[2] / "docs" / "tasks"
 TASKS = ("arc_easy", "winogrande", "piqa", "hellaswag")
+
+
+def read_task(name: str, seed: int = 0, trusted: bool = False) -> Task:
+    """Read the items of one task of a fit."""
+    return read_tasks([name], seed, trusted=trusted)[0]
 
 
 def word_items(folder: Path, count: int = 12, seed: int = 0) -> Path:

@@ -244,7 +244,7 @@ def test_a_finished_step_is_reused_if_only_rounding_or_destinations_change(
 
     asked: dict[str, Any] = {**SMALL, "save": tmp_path / "run", "dataset": str(write_text(tmp_path / "text.txt", 700))}
     asked |= {"finetune": "dense", "finetune_tokens": 32, "quiet": True}
-    for at in ("training.finetuning.run_finetuning", "runner.run_recipe.finish_run_folder"):
+    for at in ("training.finetuning.run_finetuning", "run.context.finish_run_folder"):
         with monkeypatch.context() as patch:
             patch.setattr(f"coprune.{at}", killed)
             with pytest.raises(KeyboardInterrupt):

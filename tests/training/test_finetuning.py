@@ -321,7 +321,7 @@ def test_nothing_is_saved_once_a_zero_is_lost(home: Path, tmp_path: Path, monkey
     matrix = masks.matrices[4].matrix
     matrix.stored()[tuple((matrix.stored() == 0).nonzero()[0].tolist())] = 0.5
     with pytest.raises(BrokenMask, match=matrix.name):
-        save_model(model, masks, Companions(None, "card", "float32"), tmp_path / "model", pico_tokens(1, 8))
+        save_model(model, masks, Companions(None, "float32"), "card", tmp_path / "model", pico_tokens(1, 8))
     assert not any(tmp_path.iterdir())
     # Nor is a training state saved, if weights were changed outside the optimiser.
     step = ZeroKeepingTrainer.training_step

@@ -18,7 +18,7 @@ from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.edits import Edits
 from coprune.model.removed import Tokens
 from coprune.vocabulary.choose import Kept
-from coprune.vocabulary.folder_cut import Beside, cut_folder
+from coprune.vocabulary.folder_cut import cut_folder
 from coprune.vocabulary.settings import MAP_FILE
 from support.pico import pico_model
 from support.pico_folder import listing
@@ -40,7 +40,7 @@ QUIET = Reporter(quiet=True)
 
 
 def cut(source: Path, target: Path, kept: Kept) -> Path:
-    return cut_folder(ModelFolder(source, "pico"), target, kept, QUIET, Beside(str(source)))
+    return cut_folder(ModelFolder(source, "pico"), target, kept, QUIET, str(source))
 
 
 def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:

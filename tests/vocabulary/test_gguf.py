@@ -18,7 +18,7 @@ from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder
 from coprune.steps.export import export
 from coprune.vocabulary.choose import Kept, choose
-from coprune.vocabulary.folder_cut import Beside, cut_folder
+from coprune.vocabulary.folder_cut import cut_folder
 from coprune.vocabulary.gguf import Gguf
 from support.pico import pico_model
 from support.pico_gguf import distinct_norms, write_pico_gguf
@@ -92,7 +92,7 @@ def test_a_folder_with_fewer_tokens_is_exported_with_the_whole_file_as_template(
     model, tokenizer = load_model(GgufFile(whole, whole.name))
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    cut_folder(ModelFolder(tmp_path / "dense", "dense"), tmp_path / "small", kept, QUIET, Beside(str(whole)))
+    cut_folder(ModelFolder(tmp_path / "dense", "dense"), tmp_path / "small", kept, QUIET, str(whole))
     made = export(tmp_path / "small", tmp_path / "out.gguf", type="q8_0", quiet=True)
     exported, cut = GGUFReader(made.path), Gguf(GgufFile(whole, whole.name)).cut(tmp_path / "cut.gguf", kept, QUIET)
     other = GGUFReader(cut)

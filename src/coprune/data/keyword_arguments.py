@@ -397,8 +397,6 @@ class GenerateArguments(TypedDict, total=False):
     """auto, cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
     cache_dir: File | None
     """Folder for downloads. [the Hugging Face cache]"""
-    compile: bool
-    """Compile the decoding step: worth it for many or long texts."""
 
 
 class ExportArguments(TypedDict, total=False):

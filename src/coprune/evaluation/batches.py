@@ -75,7 +75,10 @@ def slices(logits: Tensor, most_values: int = 2**24) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def bootstrap_interval(per_window: Tensor, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+_RESAMPLES = 2000
+
+
+def bootstrap_interval(per_window: Tensor) -> tuple[float, float] | None:
     """Estimate the 95 % interval of the mean over windows by the percentile bootstrap, seeded.
 
     per_window: N floating. Returns None for fewer than two windows, which have no spread.
@@ -83,10 +86,10 @@ def bootstrap_interval(per_window: Tensor, resamples: int = 2000, seed: int = 0)
     count = per_window.numel()
     if count < 2:
         return None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     values = per_window.to(device="cpu", dtype=torch.float64)
     # A few resamples at a time: 2000 × N indices at once would be large for a long text.
-    parts = torch.arange(resamples).split(max(1, 2**18 // count))
+    parts = torch.arange(_RESAMPLES).split(max(1, 2**18 // count))
     drawn = (torch.randint(count, (len(part), count), generator=generator) for part in parts)
     means = torch.cat([values[indices].mean(dim=1) for indices in drawn])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

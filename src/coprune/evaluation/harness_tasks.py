@@ -41,13 +41,9 @@ SEED = 1234
 def find_tasks(settings: ZeroShotSettings) -> dict[str, Any]:
     """Load the tasks with their data, as returned by the harness's `TaskManager.load`.
 
-    Raises BadInput if lm-eval is missing, a name is unknown, a number is invalid, data cannot be downloaded, or a definition
-    runs code that the user did not trust.
+    Raises BadInput if lm-eval is missing, a name is unknown, data cannot be downloaded, or a definition runs code that the user
+    did not trust.
     """
-    if settings.num_fewshot < 0 or (settings.limit is not None and settings.limit < 1):
-        raise BadInput(
-            "the number of few-shot examples must not be negative, and a limit must be at least 1", field="num_fewshot"
-        )
     if settings.include_path is not None and not settings.include_path.is_dir():
         raise BadInput(
             f"{settings.include_path} is not a folder",

@@ -11,8 +11,7 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint.digest import bytes_of_weights, model_digest
 from coprune.model.checkpoint.load import TaskName, task_at
 from coprune.model.checkpoint.locate import locate
-from coprune.model.checkpoint.weights import InMemory
-from coprune.model.loaded_model import Loaded, open_model, require_processor, say_of_bfloat16
+from coprune.model.loaded_model import Loaded, handed_over_model, open_model, say_of_bfloat16
 from coprune.recipe.parts import ModelPart
 
 Model = str | Path | PreTrainedModel
@@ -64,9 +63,8 @@ class Held:
     fingerprint = "in memory"
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        require_processor(processor)
-        self.name = model.name_or_path or type(model).__name__
-        self._loaded = Loaded(InMemory(model), processor, self.name, False)
+        self._loaded = handed_over_model(model, processor)
+        self.name = self._loaded.source
         self.task: TaskName = self._loaded.task
 
     def open(self, reporter: Reporter) -> Loaded:

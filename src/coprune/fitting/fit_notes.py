@@ -136,6 +136,11 @@ class Measured(BaseModel):
     scores: dict[str, dict[str, dict[int, float]]] = {}
     """Scores of items by the task's key, metric and the item's index."""
 
+    @property
+    def unmade(self) -> bool:
+        """Whether it was neither made nor refused, for lack of time."""
+        return not self.bytes and not self.refused
+
     def of(self, task: Task, metric: str, places: Sequence[int]) -> list[float]:
         """Return the scores of some items."""
         found = self.scores[task.key][metric]

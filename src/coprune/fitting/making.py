@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from coprune.base.files import whole_folder, write_durably
 from coprune.base.progress import Reporter
-from coprune.data import calibration_windows
 from coprune.data.bos import begun_by
 from coprune.data.tokenizing import encode
+from coprune.data.windows import calibration_windows
 from coprune.fitting.calibration import all_windows, read_passages, write_passages
 from coprune.fitting.candidates import AS_GIVEN, DENSE, EXACT, FOREIGN, GIVEN, MIXED, Candidate, Cut, is_step
 from coprune.fitting.clock import Clock, Mark

@@ -110,7 +110,7 @@ class Search:
         """
         left = self.budget.left - self.budget.proof(_chain([*self._all_kept, candidate]))
         enough = self._expected(candidate) <= share * left
-        return not self.tried or enough or not self._is_new(candidate, self._seen())
+        return not self.tried or enough or not self.workshop.lacks(candidate, self._seen())
 
     def _expected(self, candidate: Candidate) -> float:
         return self.budget.expected(candidate, [*self.tried, *self._interrupted])
@@ -119,7 +119,7 @@ class Search:
         self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], ahead: Sequence[Candidate], share: float = 1.0
     ) -> Measured:
         """Measure a candidate, and in other workers those that may be needed next. share: of the time left."""
-        anew = [one for one in (candidate, *ahead) if self._is_new(one, wanted)]
+        anew = [one for one in (candidate, *ahead) if self.workshop.lacks(one, wanted)]
         if candidate in anew:
             self.workshop.note_rest()
             kept = self._all_kept  # once there is one, time is reserved to prove it
@@ -136,10 +136,6 @@ class Search:
     def _all_kept(self) -> list[Candidate]:
         """All candidates that passed on the seen half, the user's files included, the cheapest last."""
         return sorted([*self._kept, *self._kept_elsewhere], key=self.cost, reverse=True)
-
-    def _is_new(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> bool:
-        known = self.workshop.known(candidate)
-        return not known.refused and (not known.bytes or bool(self._missing(known, wanted)))
 
     def _missing(self, known: Measured, wanted: Mapping[str, Sequence[int]]) -> list[int]:
         return [place for task in self._all for place in known.missing(task, wanted.get(task.name, ()))]
@@ -186,7 +182,7 @@ class Search:
         found = self._measure(candidate, {}, ahead, share)
         if found.refused:
             return "refused"
-        if not found.bytes:
+        if found.unmade:
             self._interrupted.append(candidate)
             return "late"
         if best is not None and self.cost(candidate) >= self.cost(best):
@@ -438,11 +434,11 @@ class Search:
             after = self.budget.proof([candidate, *(one for one in chain[place + 1 :] if one in least)])
             made = 0.0 if candidate in self.tried else self._expected(candidate)
             late = made + after > self.budget.left
-            if surest and late and candidate not in least and self._is_new(candidate, asked):
+            if surest and late and candidate not in least and self.workshop.lacks(candidate, asked):
                 unproven.append(candidate)
                 continue
             found = self.workshop.measure(candidate, {}, self.budget.until(after) if surest else math.inf)
-            if not found.bytes and not found.refused:  # its quantisation took longer than expected
+            if found.unmade:  # its quantisation took longer than expected
                 unproven.append(candidate)
                 continue
             self.tried[candidate] = self.workshop.measure(candidate, asked)

@@ -118,11 +118,6 @@ def _digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode("utf-8", "replace")).hexdigest()[:32]
 
 
-def read_task(name: str, seed: int = 0, most: int | None = None, trusted: bool = False) -> Task:
-    """Read the items of one task; see `read_tasks`."""
-    return read_tasks([name], seed, most, trusted)[0]
-
-
 def read_tasks(names: Sequence[str], seed: int = 0, most: int | None = None, trusted: bool = False) -> tuple[Task, ...]:
     """Read the items of tasks and split them so that near-duplicates are in the same half, across all tasks.
 

@@ -140,22 +140,24 @@ class Workshop:
         wanted: indices of items by task. until: deadline in `time.perf_counter()`, after which no item is started; a
         quantisation is interrupted, and the candidate then has no bytes.
         """
-        if not self._missing(candidate, wanted)[1]:
-            return self.known(candidate)
-        with self.store.claim(self._results(candidate)):
-            missing, begun = self._missing(candidate, wanted)  # another fit may have measured it meanwhile
-            if begun:
-                self._measure(candidate, missing, until)
+        if self.lacks(candidate, wanted):
+            with self.store.claim(self._results(candidate)):
+                if self.lacks(candidate, wanted):  # another fit may have measured it meanwhile
+                    self._measure(candidate, wanted, until)
         return self.known(candidate)
 
-    def _missing(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> tuple[dict[str, list[int]], bool]:
-        """Return the indices of missing items, and whether anything is missing."""
+    def lacks(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]]) -> bool:
+        """Return whether a candidate still has to be made, or measured on some of these items."""
         found = self.known(candidate)
-        missing = {task.name: found.missing(task, wanted.get(task.name, ())) for task in self.asked.every_task}
-        return missing, not found.refused and (not found.bytes or any(missing.values()))
+        return found.unmade or (not found.refused and any(self._missing(found, wanted).values()))
 
-    def _measure(self, candidate: Candidate, missing: Mapping[str, Sequence[int]], until: float) -> None:
+    def _missing(self, found: Measured, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Return the indices of the items without a score, by task."""
+        return {task.name: found.missing(task, wanted.get(task.name, ())) for task in self.asked.every_task}
+
+    def _measure(self, candidate: Candidate, wanted: Mapping[str, Sequence[int]], until: float) -> None:
         found, mark = self.known(candidate), self.making.clock.mark()
+        missing = self._missing(found, wanted)
         try:
             file = self.making.file(candidate, until)
         except OutOfTime:
@@ -314,7 +316,7 @@ class Workshop:
     def _more_text(self, characters: int, texts: int) -> list[str]:
         """Return the user's text or text written by the model. characters: of the seen items; texts: that time allows."""
         if self.asked.text is not None:
-            from coprune.data import calibration_windows
+            from coprune.data.windows import calibration_windows
 
             tokenizer = self.making.tokenizer
             windows = calibration_windows(self.asked.text, tokenizer, 2 * SAMPLES, SEQLEN, self.asked.seed)

@@ -110,11 +110,6 @@ class ExpertFile(Sliced):
         """Maximum number of tokens of a text."""
         return self._number("context_length", 2048)
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights."""
-        return sum(int(stored.n_elements) for stored in self.tensors)
-
     def parameters_of(self, kept: Mapping[str, Sequence[int]]) -> int:
         """Return the number of remaining weights. kept: numbers of the kept experts, by block."""
         gone = 0

@@ -16,8 +16,8 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.files import write_durably
 from coprune.base.precision import multiplies_bfloat16
 from coprune.base.progress import Reporter
-from coprune.data import calibration_windows
 from coprune.data.bos import begun_by
+from coprune.data.windows import calibration_windows
 from coprune.gguf_files.file_plan import Example, read_example
 from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS, WATCHED, LlamaCpp
 from coprune.gguf_files.smaller import Exported, exported

@@ -86,6 +86,11 @@ class Sliced:
         """Prefix of the keys that describe the model."""
         return architecture(self._mapped.first)
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(int(stored.n_elements) for stored in self.tensors)
+
     def sizes(self, slices: Slices) -> tuple[int, int]:
         """Return the bytes of all tensors before and after a cut."""
         left = sum(slices[stored.name].bytes_of(stored) for stored in self.tensors if stored.name in slices)

@@ -36,7 +36,7 @@ class Imagined(InMemory):
         with quiet_transformers(), explained(location):
             config = read_config(location.path)
             kind = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-            super().__init__(build_skeleton(location, config, kind, device, trust_remote_code=False))
+            super().__init__(build_skeleton(location, config, kind, device))
             self._model.tie_weights()  # moving to the meta device untied them
         self.device, self._quantization = device, quantization_of(read_json(location.path / "config.json"))
 

@@ -48,7 +48,8 @@ class Edit(BaseModel):
 
     def uncut(self, name: str, tensor: Tensor) -> Tensor:
         """Return the source tensor with zeros in place of removed parts."""
-        return tensor
+        kept = self.slices(name)
+        return tensor if kept is None else kept.uncut(tensor)
 
     def leaves_out(self, name: str) -> bool:
         """Return whether the journal need not store a source tensor of the block."""
@@ -87,10 +88,6 @@ class KeepSlices(Edit):
 
     def slices(self, name: str) -> KeptSlices | None:
         return self.kept.get(name)
-
-    def uncut(self, name: str, tensor: Tensor) -> Tensor:
-        kept = self.kept.get(name)
-        return tensor if kept is None else kept.uncut(tensor)
 
 
 class KeepNumbered(KeepSlices):
@@ -163,7 +160,7 @@ class CutVocabulary(Edit):
     tables: dict[str, tuple[int, int]]
     """The axis and its original length, by the name of the source tensor."""
 
-    def _kept(self, name: str) -> KeptSlices | None:
+    def slices(self, name: str) -> KeptSlices | None:
         if name not in self.tables:
             return None
         axis, size = self.tables[name]
@@ -174,14 +171,6 @@ class CutVocabulary(Edit):
     def old_ids(self) -> list[int]:
         """The original id of every new id, in order."""
         return [number for start, end in self.ranges for number in range(start, end)]
-
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
-        kept = self._kept(name)
-        return tensor if kept is None else kept.cut(tensor)
-
-    def uncut(self, name: str, tensor: Tensor) -> Tensor:
-        kept = self._kept(name)
-        return tensor if kept is None else kept.uncut(tensor)
 
     def removal(self) -> AnyRemoval:
         return Tokens(tokens=self.size, left=self.left)

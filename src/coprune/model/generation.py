@@ -50,8 +50,6 @@ class Generation:
     """Tokens that end an answer."""
     pad_id: int = 0
     """The token that pads shorter prompts of a batch; masked."""
-    fixed_cache: bool = False
-    """Whether the cache has its final length from the start, as a compiled step requires."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +177,6 @@ def _cut(tokens: list[int], end_ids: Iterable[int]) -> Answer:
 
 def _configuration(settings: Generation, new_tokens: int) -> GenerationConfig:
     how: dict[str, Any] = dict(eos_token_id=list(settings.end_ids) or None, pad_token_id=settings.pad_id)
-    how["cache_implementation"] = "static" if settings.fixed_cache else None
-    # With such a cache the caller has compiled the step, which transformers would compile again on GPUs.
-    how["disable_compile"] = settings.fixed_cache
     return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, use_cache=True, **how)
 
 

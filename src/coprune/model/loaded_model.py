@@ -202,8 +202,12 @@ def open_without_weights(asked: ModelPart) -> Loaded | None:
     location = locate(asked.name, asked.cache_dir, weights=False)
     if not isinstance(location, ModelFolder) or holds_weights(location):
         return None
-    imagined = Imagined(location, asked.dtype, choose_device(asked.device))
-    processor = None
+    return outline(location, asked)
+
+
+def outline(location: ModelFolder, asked: ModelPart) -> Loaded:
+    """Open a folder's model from its configuration alone, with its tokenizer or image processor if there is one."""
+    imagined, processor = Imagined(location, asked.dtype, choose_device(asked.device)), None
     with suppress(BadInput):
         processor = load_processor(location, task_of(imagined.model.config))
     return Loaded(imagined, processor, location.name, False)
@@ -223,12 +227,13 @@ def say_of_bfloat16(reporter: Reporter, loaded: Loaded, by_name: bool = True, mo
         reporter.say_once(say((f"{SLOW_IN_BFLOAT16} ", other, f" computes several times as fast{more}.")))
 
 
-def require_processor(processor: Any) -> None:
-    """Raise BadInput for a processor's name: a model in memory needs the processor object."""
+def handed_over_model(model: PreTrainedModel, processor: Any) -> Loaded:
+    """Wrap a model that a caller passed. Raises BadInput for a processor's name: a model in memory needs the object."""
     if isinstance(processor, str | Path):
         wrong = f"a processor is a tokenizer or an image processor, but {str(processor)!r} is a name"
         fix = "load it first, as with AutoTokenizer.from_pretrained"
         raise BadInput(wrong, field="processor", value=processor, fix=fix)
+    return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)
 
 
 def refuse_what_loading_decides(settings: Mapping[str, Any]) -> None:

@@ -42,11 +42,11 @@ class OnSample:
         return self.recording.streams_of(0)
 
 
-def folds_of_blocks(model: ProvenModel, dropped: Sequence[int] = ()) -> Iterator[tuple[Block, list[Fold], OnSample]]:
-    """Yield every kept block while its weights are loaded: its folds, and a function that runs it on the sample."""
+def folds_of_blocks(model: ProvenModel) -> Iterator[tuple[Block, list[Fold], OnSample]]:
+    """Yield every block while its weights are loaded: its folds, and a function that runs it on the sample."""
     recording = record_batches(model, [first_tokens(model.structure.sample)])
     for event in Walk(model.idle(), recording, None, Dense(keep=Tensor.clone)):
-        if isinstance(event, BlockDone) and event.block.index not in dropped:
+        if isinstance(event, BlockDone):
             run = OnSample(recording, event.block, event.before[0])
             yield event.block, find_folds(model.structure.groups[event.block.index], heads_of(model.module), run), run
 

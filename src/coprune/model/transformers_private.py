@@ -279,10 +279,9 @@ def class_built_by(model_class: Any, config: Any) -> type[PreTrainedModel]:
 def build(model_class: Any, config: Any, **options: Any) -> PreTrainedModel:
     """Build a model with random weights from a class of transformers or one of its Auto classes."""
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-        options.pop("trust_remote_code", None)
         model: PreTrainedModel = model_class._from_config(config, **options)
     else:
-        model = model_class.from_config(config, **options)
+        model = model_class.from_config(config, trust_remote_code=False, **options)
     return model
 
 

@@ -50,7 +50,7 @@ class Loss:
     """I float32, above 0: weights of errors in the choice of scales."""
 
 
-def round_columns(weight: Tensor, loss: Loss, kind: BlockType, sweeps: int = 1) -> Rounded:
+def round_columns(weight: Tensor, loss: Loss, kind: BlockType) -> Rounded:
     """Round a matrix to a type.
 
     Zeros stay zeros if the type can always represent zero.
@@ -59,7 +59,6 @@ def round_columns(weight: Tensor, loss: Loss, kind: BlockType, sweeps: int = 1) 
         weight: O × I float32, not modified; blocks of the type divide I.
         loss: the weight of errors.
         kind: the type.
-        sweeps: number of times to round all values again, each to the best value given all others.
 
     Raises:
         NumericalError: the resulting weights are not finite.
@@ -68,8 +67,7 @@ def round_columns(weight: Tensor, loss: Loss, kind: BlockType, sweeps: int = 1) 
         columns = weight.T.contiguous()
         keep = columns != 0 if kind.zero else torch.ones_like(columns, dtype=torch.bool)
         puts = _walk(columns, keep, loss, kind)
-        for _ in range(sweeps):
-            _sweep(columns, weight.T, keep, loss.gram, puts)
+        _sweep(columns, weight.T, keep, loss.gram, puts)
     refuse_if(~torch.isfinite(columns).all(), NumericalError("rounding gave NaN or infinite values"))
     return Rounded(columns.T.contiguous(), torch.cat([put.pack() for put in puts], dim=1))
 

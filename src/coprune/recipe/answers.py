@@ -83,6 +83,11 @@ class AnswersPart(Part):
         """Whether the user asked for answers; a saved model is checked on a few in any case."""
         return self.prompts is not None or bool(self.conditions)
 
+    @property
+    def compares(self) -> bool:
+        """Whether the user asked for answers of the dense model, too."""
+        return self.prompts is not None or any(condition.needs_dense for condition in self.conditions)
+
 
 def cannot_require(asked: AnswersPart, dense: Words | None) -> BadInput | None:
     """Return the error in the requirements, or None.

@@ -140,7 +140,7 @@ class RemovePart(Part):
     @field_validator("vocabulary_text")
     @classmethod
     def _with_shares(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
-        shares_of(asked, "vocabulary_text")
+        shares_of(asked)
         return asked
 
     @field_validator("score")

@@ -10,6 +10,7 @@ from coprune.base.errors import BadInput
 from coprune.recipe.choice import read_pairs
 
 PART = "vocabulary"
+_TEXT = "vocabulary_text"
 _LARGEST = 1 << 31
 _SIZE = re.compile(r"(?P<number>\d+)(?P<thousands>k?)", re.IGNORECASE)
 
@@ -82,12 +83,11 @@ def _number(text: str, wrong: BadInput) -> float:
         raise wrong from None
 
 
-def shares_of(asked: Iterable[str], field: str) -> dict[str, float]:
+def shares_of(asked: Iterable[str]) -> dict[str, float]:
     """Parse names with shares, which default to 1: `("en=2,de", "code")`.
 
     Args:
         asked: texts of one or several names, with commas between.
-        field: the setting that holds them.
 
     Returns:
         Shares by name, which add up to 1; empty if nothing is given.
@@ -96,8 +96,8 @@ def shares_of(asked: Iterable[str], field: str) -> dict[str, float]:
         BadInput: a name is empty or given twice, or a share is not a positive number.
     """
     found: dict[str, float] = {}
-    for name, written in read_pairs(asked, "the text", field).items():
-        wrong = BadInput(f"the share of {name} is a positive number, not {written!r}", field=field, value=written)
+    for name, written in read_pairs(asked, "the text", _TEXT).items():
+        wrong = BadInput(f"the share of {name} is a positive number, not {written!r}", field=_TEXT, value=written)
         found[name] = _number(written, wrong) if written else 1.0
         if not 0 < found[name] < float("inf"):
             raise wrong

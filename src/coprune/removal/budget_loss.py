@@ -151,11 +151,11 @@ class Candidates:
         recording = record_batches(run.model, first_batches(run.task.inputs.batches(run.samples.tokens), tokens))
         none = (0,) * len(forms.places)
         found = cls(run, forms, (), [], none, [recording])
-        found._run_from(0)
+        found._record()
         found.dense = [found._logits(batch, one) for batch, one in enumerate(found.states[-1].hidden)]
         if dropped:
             found.dropped = dropped
-            found._run_from(0)
+            found._record()
         return found
 
     @torch.no_grad()
@@ -181,10 +181,10 @@ class Candidates:
     def _go_past(self, state: Recording, block: Block) -> None:
         state.go_past(self.run.model, block, runs=block.index not in self.dropped)
 
-    def _run_from(self, first: int) -> None:
-        """Run the blocks from `first` on and record the input of each."""
-        self.states = self.states[: first + 1]
-        for block in self.run.model.blocks[first:]:
+    def _record(self) -> None:
+        """Run all blocks and record the input of each."""
+        self.states = self.states[:1]
+        for block in self.run.model.blocks:
             self.states.append(self.states[-1].apart())
             self._go_past(self.states[-1], block)
 

@@ -358,9 +358,9 @@ def silence(module: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> None
         parameter.masked_fill_(~mask.to(parameter.device), 0.0)
 
 
-def find_parts(model: ProvenModel, dropped: Sequence[int]) -> Iterator[tuple[str, list[Part]]]:
-    """Yield each block's removable parts, proven on one sample. dropped: numbers of the removed blocks."""
-    for block, folds, run in folds_of_blocks(model, dropped):
+def find_parts(model: ProvenModel) -> Iterator[tuple[str, list[Part]]]:
+    """Yield each block's removable parts, proven on one sample."""
+    for block, folds, run in folds_of_blocks(model):
         groups, handed = model.structure.groups[block.index], model.structure.handed[block.index]
         yield block.name, [*parts_of(block, folds, groups, handed, run)]
 
@@ -371,7 +371,7 @@ def read_together(model: ProvenModel, kind: Kind) -> str | None:
 
     None if the cause is something else.
     """
-    for block, folds, run in folds_of_blocks(model, ()):
+    for block, folds, run in folds_of_blocks(model):
         own = [fold for fold in folds if fold.layout.is_heads() == (kind == "heads")]
         for fold in own if kind == "heads" else ():
             part = _heads_of(block, fold, model.structure.groups[block.index], run)

@@ -87,7 +87,7 @@ class Removable:
 def find_removable(run: Run) -> Removable:
     """Find the removable parts of a recipe's shares. Raises BadInput and UnsupportedModel for what cannot go."""
     asked, model = run.recipe.remove, run.model
-    there = dict(find_parts(model, ()) if _kinds(asked.kinds) else ())
+    there = dict(find_parts(model) if _kinds(asked.kinds) else ())
     return _find(run, there) if asked.size is None else _find_for_size(run, there, asked.size)
 
 

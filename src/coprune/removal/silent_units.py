@@ -58,7 +58,7 @@ def narrowed(source: Exported) -> Narrow:
         return Narrow(source, None)
     model = _proven(source.location)
     silence: dict[str, list[tuple[Part, list[Tensor]]]] = {
-        name: [(part, part.silent()) for part in parts] for name, parts in find_parts(model, ())
+        name: [(part, part.silent()) for part in parts] for name, parts in find_parts(model)
     }
     silence = {name: [(part, own) for part, own in found if not _all_silent(own)] for name, found in silence.items()}
     widths: dict[_Size, list[int]] = defaultdict(list)

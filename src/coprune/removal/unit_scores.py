@@ -354,11 +354,9 @@ class ByError:
 
     tokens: int = 1024
     """Minimum number of calibration tokens for these weights (for image models: one batch); 0: weight by `movement`."""
-    movement: float = 1.0
-    """With 0 tokens, exponent of a block's change of the hidden states, used as its weight; 0: all blocks weigh the same."""
 
     def __post_init__(self) -> None:
-        require_not_negative(tokens=self.tokens, movement=self.movement)
+        require_not_negative(tokens=self.tokens)
 
 
 SPREADINGS: dict[str, Uniform | ByError] = {"uniform": Uniform(), "error": ByError()}

@@ -55,9 +55,11 @@ _PIPELINES = {
 }
 
 
-def write_card(report: Report, folder: Path) -> None:
-    """Write the card of a saved model, with the bytes of its weights, into its folder."""
-    write_text(folder / CARD_FILE, model_card(report, bytes_of_weights(folder)))
+def write_card(report: Report) -> None:
+    """Write the card of a saved model, with the bytes of its weights, into its folder; a GGUF file has no place for one."""
+    folder = report.saved_model
+    if folder is not None and folder.is_dir():
+        write_text(folder / CARD_FILE, model_card(report, bytes_of_weights(folder)))
 
 
 def model_card(report: Report, size: int | None = None) -> str:

@@ -13,6 +13,7 @@ from coprune.model.checkpoint.digest import source_digest
 from coprune.model.checkpoint.glance import is_run
 from coprune.model.checkpoint.locate import holds_model, locate
 from coprune.recipe.recipe import Recipe
+from coprune.report.card import write_card
 from coprune.report.links import PAGE_FILE
 from coprune.report.output_folder import OutputFolder
 from coprune.report.schema import DISTRIBUTIONS_FILE, Report, reference_log
@@ -89,9 +90,10 @@ def has_source(report: Report, recipe: Recipe) -> bool:
 
 
 def finish_run_folder(recipe: Recipe, report: Report) -> None:
-    """Write the log and the page of the announced report, and rename the report last, since it marks the run as finished."""
+    """Write the card, the log and the page of the announced report, and rename that last, since it marks the run as finished."""
 
     def write_beside(announced: Path) -> None:
+        write_card(report)
         first = report.perplexity[0].pruned if report.perplexity else None
         log = reference_log(recipe.way, report.sparsity.matrices, first)
         write_text(recipe.run_folder / f"log_{recipe.way}.txt", log)

@@ -229,11 +229,15 @@ class Run:
         self.reporter.tell(PhaseDone(phase, facts))
 
     def finish(self, report: Report) -> Report:
-        """Return the report with the run's total time; write the card, and finish the run folder if there is one."""
+        """Return the report with the run's total time, after `conclude`."""
         report = report.model_copy(update={"total_seconds": time.perf_counter() - self.began})
-        if self.first and report.saved_model is not None and report.saved_model.is_dir():
-            write_card(report, report.saved_model)  # again, now with its size in bytes
+        self.conclude(report)
+        return report
+
+    def conclude(self, report: Report) -> None:
+        """Finish the run folder, with the model's card; without a folder, write the card alone."""
         if self.writes:
             announce(self.recipe, report)
             finish_run_folder(self.recipe, report)
-        return report
+        elif self.first:
+            write_card(report)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from coprune.data import EvaluationText
+from coprune.data.windows import EvaluationText
 from coprune.evaluation.measurement import Measured, Perplexity
 from coprune.evaluation.zero_shot import ZeroShot
 from coprune.model.checkpoint.digest import model_digest

@@ -19,8 +19,8 @@ from torch import nn
 from coprune.base.devices import device_memory, in_host_memory
 from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes, resident_memory, unread_weights
-from coprune.data import EvaluationText, Windows
 from coprune.data.text import lengths_of
+from coprune.data.windows import EvaluationText, Windows
 from coprune.evaluation.batches import default_batch_size
 from coprune.evaluation.tasks.text_task import samples_per_batch
 from coprune.model.blocks import Block

@@ -14,8 +14,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import say
 from coprune.data.in_memory import given_samples
 from coprune.data.keyword_arguments import Named
-from coprune.model.checkpoint.weights import InMemory
-from coprune.model.loaded_model import Loaded, refuse_what_loading_decides, require_processor
+from coprune.model.loaded_model import Loaded, handed_over_model, refuse_what_loading_decides
 from coprune.pruning.methods import Method, all_methods, find_method, is_option, method_named, option_names
 from coprune.pruning.methods.entry_points import missing_in
 from coprune.recipe.choice import Choice, Scalar
@@ -101,8 +100,7 @@ def _in_memory(model: Any, processor: Any, settings: Mapping[str, Any]) -> Loade
             fix="pass a PreTrainedModel, or the name of a model",
         )
     refuse_what_loading_decides(settings)
-    require_processor(processor)
-    return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)
+    return handed_over_model(model, processor)
 
 
 def _refuse_adapters(model: Any) -> None:

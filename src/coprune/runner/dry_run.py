@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from coprune.base.words import Sheet, Shown, duration
 from coprune.evaluation.tasks.text_task import choose_seqlen
 from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import find_blocks
-from coprune.model.checkpoint.load import load_processor, task_of
 from coprune.model.checkpoint.locate import GgufFile, Location, locate
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
-from coprune.model.loaded_model import Loaded, choose_device, streams
+from coprune.model.loaded_model import Loaded, choose_device, outline, streams
 from coprune.model.matrix_choice import choose_matrices
 from coprune.recipe.recipe import Recipe
 from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE, prepare_folders
@@ -106,15 +104,11 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> DryRun:
 def _outline(location: Location, recipe: Recipe) -> Loaded:
     """Return a model without reading its weights."""
     asked = recipe.model
-    device = choose_device(asked.device)
-    if isinstance(location, GgufFile):
-        model = LazyGguf(location, asked.dtype, "cpu").model
-        model.tie_weights()
-        return Loaded(Imagined.of(model, device), None, location.name, True)
-    imagined, processor = Imagined(location, asked.dtype, device), None
-    with suppress(BadInput):
-        processor = load_processor(location, task_of(imagined.model.config))
-    return Loaded(imagined, processor, location.name, False)
+    if not isinstance(location, GgufFile):
+        return outline(location, asked)
+    model = LazyGguf(location, asked.dtype, "cpu").model
+    model.tie_weights()
+    return Loaded(Imagined.of(model, choose_device(asked.device)), None, location.name, True)
 
 
 def _opened(recipe: Recipe, location: Location, loaded: Loaded) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,7 @@ from coprune.run.memory_bound import TextSizes, bound_run
 from coprune.run.memory_estimate import Estimate
 from coprune.run.read_call import read_call
 from coprune.run.result import Result
+from coprune.run.reuse import Reuse
 from coprune.runner.run_recipe import run_recipe
 from coprune.stages.checks import check_widths, needs_inputs, prepare_solver
 from coprune.stages.opening import open_run
@@ -150,13 +151,7 @@ def estimate_recipe(
 
     presets: make recipes of other runs on the same model, by preset, to compare; impossible ones are left out.
     """
-    read: dict[tuple[Hashable, ...], Any] = {}
-
-    def remember(key: tuple[Hashable, ...], reads: Callable[[], Any]) -> Any:
-        if key not in read:
-            read[key] = reads()
-        return read[key]
-
+    remember: Remember = partial(Reuse(texts={}).tokens, recipe.model.name)
     recipe = _after_vocabulary(recipe, reporter)
     with reporter.libraries():
         asked = given if given.loaded is not None else replace(given, loaded=_shape_of(recipe, reporter))

@@ -14,12 +14,10 @@ from coprune.base.progress import Reporter
 from coprune.model.checkpoint.load import load_model, load_processor
 from coprune.model.checkpoint.locate import locate
 from coprune.recipe.recipe import Recipe
-from coprune.report.card import write_card
 from coprune.report.hub_upload import push, require_login
 from coprune.report.run_folder import (
     RECIPE_FILE,
     REPORT_FILE,
-    announce,
     announced,
     finish_run_folder,
     output_of,
@@ -110,11 +108,7 @@ def _run(run: Run, plan: Sequence[Planned], closing: ExitStack) -> Result:
     assert isinstance(report, Report)
     for step, record in zip(steps[1:], later, strict=True):
         report = step.joined(recipe, report, record)
-    if run.first and report.saved_model is not None:
-        write_card(report, report.saved_model)
-    if run.writes:
-        announce(recipe, report)
-        finish_run_folder(recipe, report)
+    run.conclude(report)
     if left.held is not None:
         held = left.held
         return Result(report, held.processor, lambda: held.held)

@@ -8,9 +8,9 @@ from coprune.base.memory import return_free_memory
 from coprune.base.precision import SLOW_IN_BFLOAT16, multiplies_bfloat16
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, per_cent, say
-from coprune.data import Windows
 from coprune.data.corpora import EMBEDDED, HUB_CORPORA
 from coprune.data.hub_datasets import require_dataset
+from coprune.data.windows import Windows
 from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.bos_choice import score_of
 from coprune.evaluation.tasks import Remember, read_anew, task_for

@@ -27,10 +27,8 @@ from coprune.model.verification import verify_saved
 from coprune.recipe.parts import ModelPart
 from coprune.recipe.recipe import Recipe
 from coprune.removal.smaller_model import build_smaller
-from coprune.report.card import model_card
 from coprune.report.run_events import Rounded
 from coprune.report.run_folder import announce
-from coprune.report.schema import Report
 from coprune.run.context import Run
 from coprune.run.dense_figures import dense_figures
 from coprune.run.output import Destination, Output
@@ -125,7 +123,7 @@ def save(run: Run) -> None:
         announce(run.recipe, run.report)
     if run.write_gguf is not None and run.recipe.output.model is not None:
         run.write_gguf(run.recipe.output.model, run.outcome.edits, run.reporter)
-    _save(run, run.report)
+    _save(run)
 
 
 STAGES: dict[Phase, Sequence[Callable[[Run], None]]] = {
@@ -175,7 +173,7 @@ def _destination(run: Run) -> Destination | None:
     return Destination(folder, keep, identity, run.encoding)
 
 
-def _save(run: Run, report: Report) -> None:
+def _save(run: Run) -> None:
     """Finish the checkpoint, or discard it if it is not kept."""
     if not run.output.keep:
         run.output.discard()
@@ -186,7 +184,7 @@ def _save(run: Run, report: Report) -> None:
         verify_saved(folder, run.model, run.outcome.edits)
 
     asked = run.recipe.model
-    beside = Companions(run.loaded.processor, model_card(report), asked.dtype, asked.name)
+    beside = Companions(run.loaded.processor, asked.dtype, asked.name)
     run.output.finish(beside, run.outcome.edits, check)
 
 

@@ -32,4 +32,3 @@ class GenerateSettings(BaseModel):
     dtype: DtypeOfModel = "auto"
     device: Device = "auto"
     cache_dir: CacheFolder = None
-    compile: Annotated[bool, Field(description="Compile the decoding step: worth it for many or long texts.")] = False

@@ -184,7 +184,7 @@ def allocates_units(recipe: Recipe) -> bool:
 def _files_read(recipe: Recipe) -> str:
     """Return the digest of all files besides the model that decide a recipe's result."""
     names = [source.prompts or source.name for source in split_sources(recipe.calibrate.data)]
-    names += [*recipe.remove.texts.values(), *shares_of(recipe.remove.vocabulary_text, "vocabulary_text")]
+    names += [*recipe.remove.texts.values(), *shares_of(recipe.remove.vocabulary_text)]
     names += [] if recipe.remove.kept_scores is None else [str(recipe.remove.kept_scores)]
     names += [recipe.prune.allocation.name] if recipe.prune.allocation.is_file else []
     return _digest_of(names)

@@ -362,7 +362,7 @@ def _scales(run: Run, plan: Plan, levels: Sequence[Levels], even: Steps, asked: 
     if not asked.tokens or run.model.weights.streams:
         if asked.tokens:
             run.reporter.say("The model is streamed, so blocks are weighted by how much they change the hidden states.")
-        return [own.moved**asked.movement for own in levels]
+        return [own.moved for own in levels]
     found, none, processes = [], [0] * len(levels), run.processes
     jobs = processes.own(range(len(levels)))
     with (

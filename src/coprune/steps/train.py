@@ -83,9 +83,8 @@ def training_of(recipe: Recipe) -> Recipe:
     kept = ("model", "device", "cache_dir", "exclude", "seqlen", "seed", "bos", "report_to")
     same = [word for word, leaf in LEAVES.items() if leaf.path[0] in ("train", "evaluate") or word in kept]
     # Only for requested answers, since the dense model has to be loaded again.
-    answers = recipe.evaluate.answers
-    compares = answers.prompts is not None or any(condition.needs_dense for condition in answers.conditions)
-    teacher = (recipe.train.teacher or recipe.model.name) if compares or has_teacher(recipe.train.mode) else None
+    compares = recipe.evaluate.answers.compares or has_teacher(recipe.train.mode)
+    teacher = (recipe.train.teacher or recipe.model.name) if compares else None
     return make_recipe({word: recipe.setting(word) for word in same} | data | {"finetune_teacher": teacher})
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from coprune.base.errors import NumericalError, UnsupportedModel
 from coprune.base.precision import multiplies_bfloat16
 from coprune.base.progress import Reporter
-from coprune.data import calibration_windows
 from coprune.data.bos import begun_by
+from coprune.data.windows import calibration_windows
 from coprune.gguf_files.importance import by_name
 from coprune.gguf_files.matrix_rows import Arranged, Part, parts_in_file
 from coprune.model.blocks import find_blocks

@@ -25,7 +25,6 @@ from coprune.recipe.parts import PrunePart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.train_part import TrainPart
 from coprune.recipe.vocabulary_cut import shares_of
-from coprune.report.card import model_card
 from coprune.report.run_folder import announce
 from coprune.report.schema import ModelFacts
 from coprune.run.context import Given, Run
@@ -125,7 +124,7 @@ def trim(run: Run) -> Result:
             if run.writes:
                 announce(recipe, report)  # so that a run killed after the model is named has nothing else to finish
             if target is not None:
-                source.cut(target, choice.kept, run.reporter, "" if to_gguf else model_card(report))
+                source.cut(target, choice.kept, run.reporter)
         report = run.finish(report)
         if target is None or to_gguf:
             return Result(report)
@@ -187,7 +186,7 @@ def _opened(recipe: Recipe, given: Given, to_gguf: bool) -> Iterator[Source]:
 def _key(run: Run) -> str:
     """Return the key of a choice: the settings, and the contents of the model and the counted texts."""
     recipe = run.recipe
-    texts = shares_of(recipe.remove.vocabulary_text, "vocabulary_text")
+    texts = shares_of(recipe.remove.vocabulary_text)
     setting = "vocabulary_text" if texts else "dataset"
     contents = []
     for name in texts or (recipe.calibrate.data,):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,14 +17,12 @@ from coprune.base.words import Setting
 from coprune.data.conversations import read_prompts
 from coprune.data.keyword_arguments import GenerateArguments
 from coprune.evaluation.own_text import Wanted, prompt_ids, settings_for, write_own
-from coprune.model.checkpoint.weights import InMemory
-from coprune.model.compiled import compile_decoding
 from coprune.model.generation import positions_of
 from coprune.model.loaded_model import (
     Loaded,
+    handed_over_model,
     open_model,
     refuse_what_loading_decides,
-    require_processor,
     say_of_bfloat16,
 )
 from coprune.recipe.recipe import make_recipe
@@ -81,12 +78,7 @@ def generate(
     length = asked.seqlen or min(_LENGTH, limit or _LENGTH)
     drawn = settings_for(loaded, length, asked.temperature, asked.top_p, asked.seed)
     how_many = asked.samples or (_SAMPLES if prompts is None else len(given))
-    undo = compile_decoding(loaded.model) if asked.compile else lambda: None
-    wanted = Wanted(0, replace(drawn, fixed_cache=asked.compile), how_many)
-    try:
-        own = write_own(loaded, given, wanted, reporter)
-    finally:
-        undo()
+    own = write_own(loaded, given, Wanted(0, drawn, how_many), reporter)
     rows = [_row(tokenizer, prompt, answer, drawn.end_ids) for prompt, answer in own.pairs]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
@@ -104,8 +96,7 @@ def _require_free(target: Path) -> None:
 def _open(model: str | Path | PreTrainedModel, processor: Any, asked: dict[str, Any]) -> Loaded:
     if isinstance(model, PreTrainedModel):
         refuse_what_loading_decides(asked)
-        require_processor(processor)
-        return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)
+        return handed_over_model(model, processor)
     return open_model(make_recipe({"model": str(model), **asked}).model, stream=False)
 
 

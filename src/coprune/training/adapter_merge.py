@@ -75,5 +75,6 @@ def merge(model: str | Path, adapter: str | Path, output: str | Path, *, quiet: 
     reporter.say(f"Merging {adapter} into {name}")
     merged = merge_adapter(pruned, masks, adapter)
     card = f"# {inline(Path(name).name)} with the masked adapter {inline(adapter.name)} merged\n"
-    save_model(merged, masks, Companions(processor, card, dtype_name(merged.dtype), name, location), output, probe)
+    beside = Companions(processor, dtype_name(merged.dtype), name, location)
+    save_model(merged, masks, beside, card, output, probe)
     return Merged(output, masks.sparsity, len(masks.matrices))

@@ -231,8 +231,8 @@ def _finish(
         merged = without_adapters(model, session.masks) if isinstance(model, PeftModel) else model
         probe = session.task.inputs.probe(None, session.evaluation)
         processor, dtype = session.loaded.processor, dtype_name(session.dtype)
-        beside = Companions(processor, finetune_card(draft), dtype, settings.model.name, session.location)
-        save_model(merged, session.masks, beside, folder, probe)
+        beside = Companions(processor, dtype, settings.model.name, session.location)
+        save_model(merged, session.masks, beside, finetune_card(draft), folder, probe)
     report = draft.model_copy(update={"sparsity_after": _sparsity_now(session)})
     finish_run_folder(report)
     return report
@@ -293,8 +293,7 @@ def look_before(session: Session, limit: TimeLimit) -> Look:
     device = training_device(settings.model.device)
     # In distillation only for requested answers, since the dense model has to be loaded again.
     asked = settings.evaluate.answers
-    compares = asked.prompts is not None or any(condition.needs_dense for condition in asked.conditions)
-    name = settings.train.teacher if compares or not has_teacher(settings.train.mode) else None
+    name = settings.train.teacher if asked.compares or not has_teacher(settings.train.mode) else None
     if plan is None or name is None:
         own: dict[str, Any] = {"device": str(device)}
         if session.loaded.model.dtype != session.dtype:  # all weights are trained, in float32

@@ -107,15 +107,12 @@ class Masks:
                 raise BrokenMask(f"{entry.matrix.name} is not {entry.pattern} any more", fix="Nothing was saved")
 
 
-def find_masks(
-    model: nn.Module, least: float = LEAST_SPARSITY, named: Container[str] = (), smaller: Sequence[str] = ()
-) -> Masks:
+def find_masks(model: nn.Module, named: Container[str] = (), smaller: Sequence[str] = ()) -> Masks:
     """Derive the masks of a pruned model from its zeros.
 
     Args:
         model: the pruned model.
-        least: minimum fraction of zeros of a pruned matrix that is not in `named`.
-        named: matrices known to be pruned.
+        named: matrices known to be pruned, however few zeros they have.
         smaller: names of the model's blocks, if parts of it were removed; it may then have no zeros.
 
     Raises:
@@ -131,7 +128,7 @@ def find_masks(
         stored = matrix.stored()
         zero = stored == 0
         zeros = int(zero.sum())
-        if zeros < least * stored.numel() and not (zeros and matrix.name in named):
+        if zeros < LEAST_SPARSITY * stored.numel() and not (zeros and matrix.name in named):
             whole_matrices += [matrix] if is_below_any(matrix.name, smaller) else []
             continue
         whole = getattr(matrix.owner, matrix.attribute)
@@ -140,7 +137,7 @@ def find_masks(
         pruned.setdefault(name, torch.zeros(whole.shape, dtype=torch.bool, device=whole.device))
         matrix.part_of(pruned[name]).copy_(zero)
     for name, parameter in _no_matrices(known, model):
-        if name not in pruned and float((zero := parameter.detach() == 0).float().mean()) >= least:
+        if name not in pruned and float((zero := parameter.detach() == 0).float().mean()) >= LEAST_SPARSITY:
             pruned[name] = zero
     if not pruned and not whole_matrices:
         raise BadInput(

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import NumericalError
-from coprune.model.checkpoint.companions import Companions
+from coprune.base.files import write_text
+from coprune.model.checkpoint.companions import CARD_FILE, Companions
 from coprune.model.checkpoint.load import prepare
 from coprune.model.checkpoint.names import is_below
 from coprune.model.checkpoint.weights import InMemory
@@ -24,13 +25,16 @@ from coprune.model.walk.prove import prove_replay
 from coprune.training.masks import Masks, plain_parameters
 
 
-def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder: Path, probe: Tensor) -> None:
+def save_model(
+    model: PreTrainedModel, masks: Masks, beside: Companions, card: str, folder: Path, probe: Tensor
+) -> None:
     """Write a model in memory to a folder, which gets its final name after it was reloaded and compared.
 
     Args:
         model: the model, with adapters merged.
         masks: of its zeros.
         beside: files to save with the weights, and the weights' dtype.
+        card: its model card.
         folder: a folder that does not exist or is empty.
         probe: a sample on which the two models are compared.
 
@@ -53,6 +57,7 @@ def save_model(model: PreTrainedModel, masks: Masks, beside: Companions, folder:
             writer.write(name, weights.original_tensors(name))
         writer.write(REST, weights.rest_tensors(names))
         weights.write_companions(writer.partial, beside)
+        write_text(writer.partial / CARD_FILE, card)
         edits.write(writer.partial, beside.source)
         writer.finish(check=lambda partial: verify_saved(partial, proven, edits))
     except Exception:

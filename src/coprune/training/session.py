@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
 from coprune.base.words import LeaveOut, Set, Setting, per_cent
-from coprune.data import Windows
 from coprune.data.bos import bos_of
+from coprune.data.windows import Windows
 from coprune.evaluation.bos_choice import score_in_memory
 from coprune.evaluation.tasks import Data, Task, task_for
 from coprune.evaluation.tasks.image_task import ImageInputs

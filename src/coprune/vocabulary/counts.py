@@ -99,7 +99,7 @@ def read_texts(asked: Sequence[str], usual: str, cache_dir: Path | None, reporte
     Raises:
         BadInput: a text is missing or empty, a language is unknown, or a package is missing.
     """
-    shares = shares_of(asked, "vocabulary_text")
+    shares = shares_of(asked)
     of_languages = {name: share for name, share in shares.items() if _is_language(name)}
     of_texts = {name: share for name, share in shares.items() if name not in of_languages}
     for language in of_languages:

@@ -15,11 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.companions import save_companions
 from coprune.model.checkpoint.load import load_model, load_tokenizer, quiet_transformers
-from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
+from coprune.model.checkpoint.locate import Location, ModelFolder
 from coprune.model.checkpoint.shards import read_json, stored_entries
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.folder_cut import (
-    Beside,
     bytes_of,
     cut_folder,
     refuse_folder,
@@ -70,8 +69,8 @@ class Source(Protocol):
         """Return the bytes of all weights before and after a cut."""
         ...
 
-    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Path:
-        """Write the model with the kept tokens and return the target. card: its model card."""
+    def cut(self, target: Path, kept: Kept, reporter: Reporter) -> Path:
+        """Write the model with the kept tokens and return the target."""
         ...
 
 
@@ -121,23 +120,9 @@ class FolderSource:
         """Return the sizes as in `Source`."""
         return bytes_of(self.folder, self.config, kept)
 
-    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Path:
+    def cut(self, target: Path, kept: Kept, reporter: Reporter) -> Path:
         """Cut as in `Source`."""
-        return cut_folder(self.folder, target, kept, reporter, Beside(self._asked, card))
-
-
-class GgufSource(Gguf):
-    """A GGUF file to be cut into another one."""
-
-    def __init__(self, file: GgufFile) -> None:
-        """Open a file. Raises BadInput or UnsupportedModel if it cannot be cut."""
-        super().__init__(file)
-        self.location: Location = file
-
-    @property
-    def parameters(self) -> int:
-        """As in `Source`."""
-        return sum(int(stored.n_elements) for stored in self.tensors)
+        return cut_folder(self.folder, target, kept, reporter, self._asked)
 
 
 @contextmanager
@@ -155,7 +140,7 @@ def opened(location: Location, asked: str | None, to_gguf: bool) -> Iterator[Sou
     if isinstance(location, ModelFolder):
         yield FolderSource(location, asked)
     elif to_gguf:
-        yield GgufSource(location)
+        yield Gguf(location)
     else:
         model, processor = load_model(location)
         with saved(model, processor) as folder:

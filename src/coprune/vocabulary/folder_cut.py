@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from coprune.base.errors import BadInput, UnsupportedModel, VerificationError
 from coprune.base.files import whole_folder, write_text
 from coprune.base.progress import Reporter
-from coprune.model.checkpoint.companions import CARD_FILE, copy_companions, own_files
+from coprune.model.checkpoint.companions import copy_companions, own_files
 from coprune.model.checkpoint.load import load_tokenizer
 from coprune.model.checkpoint.locate import Location, ModelFolder
 from coprune.model.checkpoint.names import EDITS_FILE
@@ -77,16 +76,7 @@ def _saved(entry: TensorEntry, table: Table, kept: Kept) -> int:
     return entry.nbytes // table.size * (table.size - kept.below(table.size))
 
 
-@dataclass(frozen=True)
-class Beside:
-    """Origin of a folder."""
-
-    asked: str | None = None
-    """User's name of the source, for the history of the result."""
-    card: str = ""
-
-
-def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter, beside: Beside = Beside()) -> Path:
+def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter, asked: str | None = None) -> Path:
     """Write a folder's model with the kept tokens.
 
     Args:
@@ -94,7 +84,7 @@ def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter
         target: the folder to write, which only appears when complete.
         kept: the tokens to keep.
         reporter: shows progress.
-        beside: the history and card to write.
+        asked: the user's name of the source, for the history of the result.
 
     Returns:
         The target.
@@ -115,14 +105,12 @@ def cut_folder(source: ModelFolder, target: Path, kept: Kept, reporter: Reporter
         copy_companions(source, out)
         for name in stale_files(source):
             (out / name).unlink(missing_ok=True)
-        if beside.card:
-            write_text(out / CARD_FILE, beside.card)
         for name, changed in settings.items():
             write_text(out / name, json.dumps(changed, indent=2, sort_keys=name == "config.json") + "\n")
         cut = cut_tokenizer(content, kept)
         write_text(out / TOKENIZER_FILE, json.dumps(cut, ensure_ascii=False, separators=(",", ":")))
         _write_map(out, kept, tables)
-        _write_history(source, out, kept, tables, beside.asked)
+        _write_history(source, out, kept, tables, asked)
         total = sum(entry.nbytes for entry in entries.values())
         with reporter.bar("Writing", total) as advance:
             _write_shards(entries, out, tables, kept, advance)

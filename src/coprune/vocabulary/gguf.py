@@ -13,7 +13,7 @@ from coprune.base.progress import Reporter
 from coprune.gguf_files.slices import Slice, Sliced
 from coprune.gguf_files.vocabulary_metadata import named_ids, tokens_in, without_tokens
 from coprune.model.checkpoint.load import load_tokenizer
-from coprune.model.checkpoint.locate import GgufFile
+from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.folder_cut import require_same_tokens
 from coprune.vocabulary.kinds import Vocabulary
@@ -28,6 +28,7 @@ class Gguf(Sliced):
     def __init__(self, file: GgufFile) -> None:
         """Read all but the tensors' values. Raises BadInput or UnsupportedModel if the file cannot be cut."""
         super().__init__(file)
+        self.location: Location = file
         self.rows = len(tokens_in(self.fields))
         self.tables: dict[str, Table] = {}
         for stored in self.tensors:
@@ -67,8 +68,8 @@ class Gguf(Sliced):
         """Return the bytes of all tensors before and after a cut."""
         return self.sizes(self.slices(kept))
 
-    def cut(self, target: Path, kept: Kept, reporter: Reporter, card: str = "") -> Path:
-        """Write the file with the kept tokens; a GGUF file has no place for a card.
+    def cut(self, target: Path, kept: Kept, reporter: Reporter) -> Path:
+        """Write the file with the kept tokens.
 
         Raises:
             BadInput: the target exists.

@@ -33,7 +33,7 @@ def skeleton(folder: ModelFolder, config: Mapping[str, Any]) -> PreTrainedModel:
     content = dict(config)
     with quiet_transformers(), explained(folder):
         made = AutoConfig.for_model(content.pop("model_type"), **content)
-        return build_skeleton(folder, made, torch.float32, torch.device("cpu"), False)
+        return build_skeleton(folder, made, torch.float32, torch.device("cpu"))
 
 
 def rows_of(model: PreTrainedModel) -> int:

@@ -45,9 +45,8 @@ def test_weights_are_saved_with_the_files_of_their_model(tmp_path: Path) -> None
     for streams, weights in both(tmp_path / "model").items():
         folder = tmp_path / str(streams)
         folder.mkdir()
-        weights.write_companions(folder, Companions(None, "# A card", "bfloat16" if streams else "auto"))
+        weights.write_companions(folder, Companions(None, "bfloat16" if streams else "auto"))
         config = AutoConfig.from_pretrained(folder)
-        assert (folder / "README.md").read_text(encoding="utf-8") == "# A card"
         assert (folder / "LICENSE.md").read_text(encoding="utf-8") == "Use it."
         assert not (folder / "NOTICE").exists()
         assert config.architectures == ["LlamaForCausalLM"]

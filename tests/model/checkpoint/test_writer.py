@@ -122,8 +122,8 @@ def test_a_later_writer_reuses_complete_parts(tmp_path: Path) -> None:
     writer.settle()
     later = part_writer(tmp_path)
     assert later.recall("one") == {"error": 0.1 + 0.2}
-    assert later.verify("one")
-    assert not later.verify("two")
+    assert later.recall("one") is not None
+    assert later.recall("two") is None
     with pytest.raises(ValueError, match="two"):
         later.finish()
 
@@ -144,8 +144,8 @@ def test_the_callers_own_files_go_last_and_an_interrupted_join_loses_nothing(
         with pytest.raises(KeyboardInterrupt):
             writer.finish(scaffolding=["journal.json"])
     again = part_writer(tmp_path)
-    assert again.verify("one")
-    assert again.verify("two")
+    assert again.recall("one") is not None
+    assert again.recall("two") is not None
     assert (again.partial / "journal.json").is_file()
     assert [path.name for path in again.finish(scaffolding=["journal.json"]).iterdir()] == [SINGLE_FILE]
 
@@ -174,10 +174,10 @@ def test_a_damaged_part_is_noticed_and_rewritten(damage: str, tmp_path: Path) ->
         case "note of another":
             note.write_text(writer.file("two").with_suffix(".json").read_text())
     again = part_writer(tmp_path)
-    assert not again.verify("one")
-    assert again.verify("two")
+    assert again.recall("one") is None
+    assert again.recall("two") is not None
     again.write("one", tensors)
-    assert again.verify("one")
+    assert again.recall("one") is not None
     assert_same_tensors(tensors_of(again.finish()), {**tensors, "b": torch.zeros(3)})
 
 
@@ -266,7 +266,7 @@ def test_a_writer_killed_at_any_system_call_ends_with_the_same_files(tmp_path: P
             return
         writer = CheckpointWriter(out / "model", ["one", "two"], 1000)
         for part in ("one", "two"):
-            if not writer.verify(part):
+            if writer.recall(part) is None:
                 writer.write(part, {part: torch.ones(3)})
         write_text(writer.partial / EDITS_FILE, "{}")
         writer.finish()
@@ -304,8 +304,8 @@ def test_a_full_disk_loses_no_finished_part(tmp_path: Path, one_thread: None) ->
     _, status = os.waitpid(forked(fill), 0)
     assert status == 0
     again = part_writer(tmp_path)
-    assert again.verify("one")
-    assert not again.verify("two")
+    assert again.recall("one") is not None
+    assert again.recall("two") is None
     assert not list(again.partial.glob(".*.coprune-*"))
 
 
@@ -325,7 +325,7 @@ def test_a_part_counts_only_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: 
         assert not writer.file("one").with_suffix(".json").exists()
         may_go.set()
         writer.settle()
-    assert writer.verify("one")
+    assert writer.recall("one") is not None
 
 
 def test_a_failed_background_write_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def test_a_failed_background_write_is_raised(tmp_path: Path, monkeypatch: pytest
         writer.write("one", {"a": torch.ones(3)})
         with pytest.raises(CopruneError, match="the disk is full"):
             writer.write("two", {"b": torch.ones(3)})
-    assert not writer.verify("one")
+    assert writer.recall("one") is None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -374,7 +374,11 @@ def test_a_kill_between_blocks_leaves_no_folder_of_the_final_name(
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert not (tmp_path / "copy").exists()
     writer = CheckpointWriter(tmp_path / "copy", [REST, *(f"model.layers.{i}" for i in range(3))], 10**6)
-    assert [writer.verify(part) for part in (REST, "model.layers.0", "model.layers.1")] == [True, True, False]
+    assert [writer.recall(part) is not None for part in (REST, "model.layers.0", "model.layers.1")] == [
+        True,
+        True,
+        False,
+    ]
     copy = stream(tmp_path / "source", tmp_path / "copy")
     assert_same_tensors(tensors_of(copy), tensors_of(tmp_path / "source"))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, NumericalError
 from coprune.base.progress import Advance, Reporter
-from coprune.data import EvaluationText
+from coprune.data.windows import EvaluationText
 from coprune.evaluation.measurement import Embedded
 from coprune.evaluation.tasks.task import Walked, joined, scored
 from coprune.evaluation.tasks.text_task import TextInputs

@@ -9,8 +9,8 @@ from torch.nn import functional
 from coprune.base.errors import BadInput
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Set
-from coprune.data import EvaluationText
 from coprune.data.text import NOTHING
+from coprune.data.windows import EvaluationText
 from coprune.evaluation.batches import slices
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import aggregate

@@ -13,7 +13,6 @@ from torch import Tensor
 from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, Reporter
-from coprune.data import Windows
 from coprune.data.pairs import (
     EvaluationPairs,
     Pairs,
@@ -24,7 +23,7 @@ from coprune.data.pairs import (
     read_pairs,
     tokenised,
 )
-from coprune.data.windows import Samples
+from coprune.data.windows import Samples, Windows
 from coprune.evaluation.batches import cut_windows
 from coprune.evaluation.measurement import Perplexity
 from coprune.evaluation.perplexity import aggregate, window_nll

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from coprune.base.processes import Processes
 from coprune.base.progress import Advance
-from coprune.data import EvaluationText
 from coprune.data.images import LabelledImages
 from coprune.data.labelled_text import LabelledTexts
 from coprune.data.speech import Recordings
+from coprune.data.windows import EvaluationText
 from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.measurement import Measured
 from coprune.model.loaded_model import Loaded

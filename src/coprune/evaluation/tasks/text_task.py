@@ -14,14 +14,13 @@ from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, Reporter
 from coprune.base.words import Set, Setting, say
-from coprune.data import EvaluationText, Windows, evaluation_corpus_for, evaluation_tokens
 from coprune.data.bos import beginning, bos_of, text_at_bos, windows_at_bos
-from coprune.data.corpora import holds_out
+from coprune.data.corpora import evaluation_corpus_for, holds_out
 from coprune.data.marks import Marks
 from coprune.data.mixture import length_of, mixed, packed, reads_conversations, source_windows
 from coprune.data.text import a_longest, first_of_a_length, of_each_length
 from coprune.data.tokenizing import Tokenizes
-from coprune.data.windows import Samples, Sampling, TooShort, draw_samples
+from coprune.data.windows import EvaluationText, Samples, Sampling, TooShort, Windows, draw_samples, evaluation_tokens
 from coprune.evaluation.asked_texts import plain_names
 from coprune.evaluation.batches import batches, cut_windows, default_batch_size
 from coprune.evaluation.bos_choice import BosChoice, Score, choose_bos

@@ -34,10 +34,9 @@ MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Companions:
-    """The companions of a model's weights: its tokenizer or image processor, its card, and the dtype of its tensors."""
+    """The companions of a model's weights: its tokenizer or image processor, and the dtype of its tensors."""
 
     processor: Any
-    card: str
     dtype: DtypeName = "auto"
     source: str | None = None
     """The model's source, as the user named it."""

@@ -186,7 +186,6 @@ def fetch(
     name: str,
     files: Sequence[str],
     cache_dir: Path | None = None,
-    revision: str | None = None,
     ignored: Sequence[str] = (),
 ) -> Path:
     """Fetch files of a model from the Hub into the cache, and return their folder. Raises BadInput if that fails.
@@ -200,7 +199,6 @@ def fetch(
         return Path(
             snapshot_download(
                 name,
-                revision=revision,
                 cache_dir=cache_dir,
                 allow_patterns=list(files),
                 ignore_patterns=list(ignored),

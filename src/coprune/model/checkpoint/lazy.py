@@ -200,7 +200,6 @@ class LazyCheckpoint:
         location: ModelFolder,
         dtype: DtypeName = "auto",
         device: torch.device | str = "cpu",
-        trust_remote_code: bool = False,
         experts_apart: bool = False,
     ) -> None:
         self._apart = experts_apart and in_host_memory(torch.device(device))
@@ -211,9 +210,9 @@ class LazyCheckpoint:
         self._uncut: dict[str, Uncut | None] = {}
         self._ahead = ahead_to(self.device)
         with quiet_transformers(), explained(location):
-            config = read_config(location.path, trust_remote_code)
+            config = read_config(location.path)
             self.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or self._first_dtype()
-            self._model = build_skeleton(location, config, self.dtype, self.device, trust_remote_code)
+            self._model = build_skeleton(location, config, self.dtype, self.device)
         self.source = Source(location, self._model, dtype, self._entries)
         require_floats(self._model, self._entries)
 
@@ -321,7 +320,7 @@ class LazyCheckpoint:
         return self.source.in_file(changes)
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
-        """Copy the files beside the weights, with a new card; a processor is copied unchanged."""
+        """Copy the files beside the weights; a processor is copied unchanged."""
         self.source.write_companions(folder, beside)
 
     def read_from(self, file: Path, uncut: Uncut | None = None) -> None:
@@ -365,9 +364,7 @@ class LazyCheckpoint:
             raise BadInput(f"the checkpoint of {self.location.name} lacks {missing[0]} ({len(missing)} weights in all)")
 
 
-def build_skeleton(
-    location: ModelFolder, config: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> PreTrainedModel:
+def build_skeleton(location: ModelFolder, config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Build the model of a folder, prepared for the walk, with its generation settings.
 
     Args:
@@ -375,11 +372,10 @@ def build_skeleton(
         config: its configuration.
         dtype: of the parameters.
         device: where the buffers go.
-        trust_remote_code: whether to run code in the folder.
     """
 
     def built() -> PreTrainedModel:
-        model = build(class_for(config), config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = build(class_for(config), config, dtype=dtype)
         _compute_buffers(model)
         return model
 

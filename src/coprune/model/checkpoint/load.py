@@ -156,9 +156,9 @@ def loaded_by_auto(model: PreTrainedModel) -> bool:
     return auto_choice(HEADS[task_of(model.config, type(model))][0], model.config) is type(model)
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+def read_config(folder: Path) -> Any:
     """Read a folder's configuration, converting timm's to transformers' wrapper."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     _forget_codes(config)
     if getattr(config, "model_args", None):
         config.model_args = undoubled(config.model_args)
@@ -195,7 +195,6 @@ def load_model(
     location: Location,
     dtype: DtypeName = "auto",
     device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
     processed: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer or image processor: in evaluation mode, without gradients, on one device.
@@ -203,7 +202,7 @@ def load_model(
     dtype: "auto" is the checkpoint's own (float32 for GGUF). processed: whether to load the tokenizer or processor; else it
     is None. Raises BadInput if the files cannot be loaded, or lack weights of the model.
     """
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     folder, file = _arguments(location)
     options |= file
     if isinstance(location, GgufFile):
@@ -213,7 +212,7 @@ def load_model(
     task: TaskName = "text"
     with quiet_transformers(), explained(location):
         if not isinstance(location, GgufFile):
-            options["config"] = read_config(folder, trust_remote_code)
+            options["config"] = read_config(folder)
             task = task_of(options["config"])
             if not in_host_memory(torch.device(device)):
                 options["device_map"] = {"": device}  # tensor by tensor, so that they never all occupy host memory
@@ -236,7 +235,7 @@ def load_model(
         require_floats(model, checkpoint_entries(location.path))
     name_model(model, location.name)
     torch.nn.Module.to(model, device)  # transformers' own `to` has other types
-    return prepare(model), load_processor(location, task, trust_remote_code) if processed else None
+    return prepare(model), load_processor(location, task) if processed else None
 
 
 @dataclass(frozen=True)
@@ -254,29 +253,27 @@ def _decoded(source: SourceEncoding) -> dict[str, Any]:
     return {name: _Decoded(entry) for name, entry in source.entries.items()}
 
 
-def load_processor(location: Location, task: TaskName, trust_remote_code: bool = False) -> Any:
+def load_processor(location: Location, task: TaskName) -> Any:
     """Load a model's tokenizer, image processor or speech processor. Raises BadInput if it is missing."""
     if task not in ("images", "speech"):
-        return load_tokenizer(location, trust_remote_code)
+        return load_tokenizer(location)
     loader: Any = AutoImageProcessor if task == "images" else AutoProcessor
     folder, file = _arguments(location)
     if not file:
         check_tokenizer(folder / "tokenizer.json")
     with quiet_transformers(), explained(location):
-        return loader.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return loader.from_pretrained(folder, trust_remote_code=False)
 
 
 @reading_once
-def load_tokenizer(location: Location, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside the weights. Raises BadInput if there is none."""
     folder, file = _arguments(location)
     if not file:
         check_tokenizer(folder / "tokenizer.json")
     beside = None if file else "Are the files of its tokenizer, such as tokenizer.json, beside the weights?"
     with quiet_transformers(), explained(location, beside):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **file
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **file)
     return tokenizer
 
 

@@ -58,9 +58,7 @@ class GgufFile:
 Location = ModelFolder | GgufFile
 
 
-def locate(
-    model: str | Path, cache_dir: Path | None = None, revision: str | None = None, weights: bool = True
-) -> Location:
+def locate(model: str | Path, cache_dir: Path | None = None, weights: bool = True) -> Location:
     """Find the model's files, fetching them from the Hub into `cache_dir` if they are not local.
 
     model: a name in PACKAGED, a path to a GGUF file or a folder (an adapter is merged into its base), timm/NAME@FILE, or a
@@ -82,7 +80,7 @@ def locate(
     if names_timm_file(name):
         return check_folder(ModelFolder(folder_of_timm_file(name, cache_dir), name))
     refuse_missing(name)
-    return _fetch(_with_tag(name), cache_dir, revision, weights)
+    return _fetch(_with_tag(name), cache_dir, weights)
 
 
 def locates_gguf(model: str) -> bool:
@@ -149,7 +147,7 @@ def _locate_packaged(packaged: Packaged, cache_dir: Path | None, weights: bool) 
     if (file := carried_file(packaged.package, packaged.file)) is not None:
         return GgufFile(file, f"{packaged.hub_id} ({packaged.file})")
     try:
-        return _fetch(packaged.hub_id, cache_dir, None, weights)
+        return _fetch(packaged.hub_id, cache_dir, weights)
     except BadInput as error:
         package = packaged.package.replace("_", "-")
         raise error.advised(
@@ -157,9 +155,9 @@ def _locate_packaged(packaged: Packaged, cache_dir: Path | None, weights: bool) 
         ) from error
 
 
-def _fetch(name: str, cache_dir: Path | None, revision: str | None, weights: bool) -> ModelFolder:
+def _fetch(name: str, cache_dir: Path | None, weights: bool) -> ModelFolder:
     ignored = [*NOT_HUB_FILES, *(() if weights else ("*.safetensors",))]
-    folder = fetch(name, HUB_FILES, cache_dir, revision, ignored)
+    folder = fetch(name, HUB_FILES, cache_dir, ignored)
     if is_adapter(folder):
         return _merged(folder, name, cache_dir, weights)
     return check_folder(ModelFolder(folder, name), weights)

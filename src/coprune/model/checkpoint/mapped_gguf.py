@@ -26,9 +26,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from coprune.base.devices import in_host_memory
 from coprune.base.errors import BadInput
-from coprune.base.files import write_text
-from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
-from coprune.model.checkpoint.encoding import DENSE
+from coprune.model.checkpoint.companions import Companions, save_companions
 from coprune.model.checkpoint.gguf_header import gguf_parts
 from coprune.model.checkpoint.gguf_reader import gguf_reader, reading_once
 from coprune.model.checkpoint.lazy import LazyCheckpoint, ahead_to, build_skeleton
@@ -211,7 +209,7 @@ class LazyGguf(LazyCheckpoint):
         experts_apart: bool = False,
     ) -> None:
         self._apart = experts_apart and in_host_memory(torch.device(device))
-        self._encoding, self.stored_as, self._uncut = DENSE, None, {}
+        self.stored_as, self._uncut = None, {}
         self.location, self.device = ModelFolder(location.path.parent, location.name), torch.device(device)
         self.dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
         self._mapped = MappedGguf(location)
@@ -252,7 +250,6 @@ class LazyGguf(LazyCheckpoint):
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
         save_companions(self._model, beside.processor, folder)
-        write_text(folder / CARD_FILE, beside.card)
 
 
 @reading_once
@@ -265,5 +262,5 @@ def _skeleton(
     # Transformers reads only the first part.
     config.tie_word_embeddings = config.tie_word_embeddings and all(t.name != "output.weight" for t in mapped.tensors)
     folder = ModelFolder(location.path.parent, location.name)
-    model = build_skeleton(folder, config, dtype, device, trust_remote_code=False)
+    model = build_skeleton(folder, config, dtype, device)
     return model, gguf_names(file, model)

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import UnsupportedModel
-from coprune.base.files import write_text
-from coprune.model.checkpoint.companions import CARD_FILE, Companions, copy_companions
+from coprune.model.checkpoint.companions import Companions, copy_companions
 from coprune.model.checkpoint.conversion import Conversion, Renamed
 from coprune.model.checkpoint.deferred import deferred, untouched
 from coprune.model.checkpoint.file_config import changes_in_file
@@ -141,6 +140,5 @@ class Source:
         return changes_in_file(read_json(self.location.path / "config.json"), self._model.config, changes, read)
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
-        """Copy the files beside the weights, with a new card; a processor is copied unchanged."""
+        """Copy the files beside the weights; a processor is copied unchanged."""
         copy_companions(self.location, folder, beside.dtype)
-        write_text(folder / CARD_FILE, beside.card)

@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.base.errors import BadInput
-from coprune.base.files import write_text
 from coprune.base.words import Set
-from coprune.model.checkpoint.companions import CARD_FILE, Companions, save_companions
+from coprune.model.checkpoint.companions import Companions, save_companions
 from coprune.model.checkpoint.conversion import load_tensors
 from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.names import is_below, is_below_any
@@ -111,7 +110,7 @@ class Weights(Protocol):
         ...
 
     def write_companions(self, folder: Path, beside: Companions) -> None:
-        """Write the files that complete a folder of these weights: configuration, generation settings, tokenizer, card."""
+        """Write the files that complete a folder of these weights: configuration, generation settings, tokenizer."""
         ...
 
 
@@ -202,9 +201,8 @@ class InMemory:
     def write_companions(self, folder: Path, beside: Companions) -> None:
         if self._source is not None:
             self._source.write_companions(folder, beside)
-            return
-        save_companions(self._model, beside.processor, folder)
-        write_text(folder / CARD_FILE, beside.card)
+        else:
+            save_companions(self._model, beside.processor, folder)
 
     def _state(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._model.state_dict().items() if wanted(name)}

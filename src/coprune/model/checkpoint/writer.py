@@ -192,10 +192,6 @@ class CheckpointWriter:
         notes = self.partial.glob("model-*-of-*.json")
         return any(True for _ in notes) and not (self.partial / _REFUSED).is_file()
 
-    def verify(self, part: str) -> bool:
-        """Return whether a part was written and its file is unchanged."""
-        return self.recall(part) is not None
-
     def recall(self, part: str) -> dict[str, Any] | None:
         """Return the notes of a complete part; None if it has to be written."""
         self.settle()
