@@ -27,7 +27,7 @@ from coprune.fitting.fit_recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.fit_result import PAGE_FILE, Fitted, Row
 from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.in_transformers import InTransformers
-from coprune.fitting.made_model import bytes_given, bytes_in, copy, digest_of
+from coprune.fitting.made_model import bytes_given, copy, digest_of
 from coprune.fitting.making import Making
 from coprune.fitting.require import Held, verdict_of, wanted
 from coprune.fitting.search import Search
@@ -36,7 +36,7 @@ from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.converter import find_converter, no_template
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
-from coprune.model.checkpoint.digest import source_digest
+from coprune.model.checkpoint.digest import bytes_of_weights, source_digest
 from coprune.model.checkpoint.locate import ModelFolder, locate
 from coprune.report.provenance import MadeFacts
 from coprune.report.run_folder import REPORT_FILE, model_of
@@ -251,7 +251,7 @@ def _leave(target: Path, search: Search, finding: Finding, more: str) -> Fitted:
     if source != file:
         copy(source, file)
     write_text(target / TEXT_FILE, workshop.making.text.read_text(encoding="utf-8"))
-    size, digest = bytes_in(file), digest_of(file)
+    size, digest = bytes_of_weights(file), digest_of(file)
     own_template = Path(workshop.asked.like or "").parent == target / TEMPLATE_FOLDER
     asked = replace(workshop.asked, like=None) if own_template else workshop.asked  # the template can be made again
     write_text(target / RECIPE_FILE, FitRecipe.of(asked, chosen, size, digest).written())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,15 +154,3 @@ class Measured(BaseModel):
         own = self.scores.get(task.key, {})
         there = set.intersection(*(set(one) for one in own.values())) if own else set()
         return [place for place in places if place not in there]
-
-
-def differing(facts: Mapping[str, Any], note: Path) -> list[str]:
-    """Describe the inputs in which a note differs from `facts`."""
-    try:
-        said = json.loads(note.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
-        return ["a damaged note of its inputs"]
-    written = json.loads(json.dumps(facts))
-    return [f"another {name}" for name in written | said if written.get(name) != said.get(name)]

@@ -7,24 +7,15 @@ import shutil
 from pathlib import Path
 
 from coprune.base.files import whole_folder, write_durably
+from coprune.model.checkpoint.digest import bytes_of_weights
 from coprune.model.checkpoint.gguf_header import gguf_parts
 from coprune.model.checkpoint.locate import GgufFile, Location
-
-
-def files_in(made: Path) -> list[Path]:
-    """Return a file itself, or the weight files of a folder."""
-    return sorted(made.glob("*.safetensors")) if made.is_dir() else [made]
-
-
-def bytes_in(made: Path) -> int:
-    """Return the bytes of a file, or of a folder's weights."""
-    return sum(file.stat().st_size for file in files_in(made))
 
 
 def bytes_given(source: Location) -> int:
     """Return the bytes of a model's GGUF file with all its parts, or of its folder's weights."""
     parts = [source.path] if source.path.is_dir() else gguf_parts(source.path)
-    return sum(map(bytes_in, parts))
+    return sum(map(bytes_of_weights, parts))
 
 
 def is_file_of(source: Location, runtime: str) -> bool:
@@ -37,7 +28,7 @@ def is_file_of(source: Location, runtime: str) -> bool:
 def digest_of(made: Path) -> str:
     """Return the SHA-256 of a file, or of a folder's weights."""
     digest = hashlib.sha256()
-    for file in files_in(made):
+    for file in sorted(made.glob("*.safetensors")) if made.is_dir() else [made]:
         with file.open("rb") as stream:
             while piece := stream.read(1 << 22):
                 digest.update(piece)

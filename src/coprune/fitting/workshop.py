@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -29,8 +28,7 @@ from coprune.base.progress import Reporter
 from coprune.fitting.calibration import Passage, calibration_of, own_count, own_texts, texts_in, write_passages
 from coprune.fitting.candidates import DENSE, EXACT, FOREIGN, GIVEN, MIXED, Candidate
 from coprune.fitting.clock import Mark
-from coprune.fitting.fit_notes import Asked, Measured, differing
-from coprune.fitting.made_model import bytes_in
+from coprune.fitting.fit_notes import Asked, Measured
 from coprune.fitting.making import SAMPLES, SEQLEN, Making
 from coprune.fitting.reader import Reader
 from coprune.fitting.score import DenseAnswers, item_key, score_item
@@ -38,6 +36,8 @@ from coprune.fitting.tasks import Task
 from coprune.gguf_files.copied_tensors import bytes_of_rows
 from coprune.gguf_files.llama_cpp import quantized_bytes
 from coprune.gguf_files.types_by_tensor import Losses
+from coprune.model.checkpoint.digest import bytes_of_weights
+from coprune.store.place import Identity, Place
 from coprune.store.store import Key, Store, key_of
 
 VERDICTS_FILE = "verdicts.json"
@@ -71,15 +71,15 @@ class Workshop:
         self.paces: dict[str, float] = {}
         """Seconds per item by the task's key, as measured in this process; the budget reads those of the dense model."""
         self._passing: dict[Candidate, Measured] = {}
-        note, facts = folder / "asked.json", asked.facts()
-        if note.exists() and (others := differing(facts, note)):
+        place = Place(folder, Identity.of("fit", 1, asked.facts()))
+        if differing := place.differing():
             if not self._refused.exists():
-                cause = f"{folder.parent} holds a fit with {' and '.join(others)}"
+                others = " and ".join(f"another {name}" for name, *_ in differing)
+                cause = f"{folder.parent} holds a fit with {others}"
                 raise BadInput(cause, field="output", value=str(folder.parent), fix="name another folder")
             shutil.rmtree(folder)
         self._refused.unlink(missing_ok=True)
-        if not note.exists():
-            write_text(note, json.dumps(facts, indent=1))
+        place.begin()
         (folder / "text").mkdir(exist_ok=True)
 
     @property
@@ -208,14 +208,14 @@ class Workshop:
             reader.engine.read([token])
             seconds.append(time.process_time() - started)
         speed = torch.get_num_threads() / min(seconds)
-        return {"bytes": bytes_in(file), "memory": memory, "speed": speed}
+        return {"bytes": bytes_of_weights(file), "memory": memory, "speed": speed}
 
     def bytes_of(self, candidate: Candidate) -> int:
         """Return the bytes of a candidate's weights from shapes, making the files this needs. Raises CopruneError."""
         if candidate.type == EXACT:
-            return bytes_in(self.making.exact(candidate.cut))
+            return bytes_of_weights(self.making.exact(candidate.cut))
         if candidate.type in (FOREIGN, GIVEN):
-            return bytes_in(self.making.file(candidate))
+            return bytes_of_weights(self.making.file(candidate))
         key = self.making.key("fit-size", candidate)
         return self.store.get(key, Size, lambda: Size(self._planned_bytes(candidate))).root
 

@@ -1,6 +1,6 @@
 """Checks of an untrusted `tokenizer.json`, which could make the tokenizers library run out of time or memory.
 
-Its regular expressions are tried with that library, unusual ones in a process with limited memory and time.
+Its regular expressions are tried with that library, unusual ones in a child process with limited memory and time.
 """
 
 from __future__ import annotations
@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex
+from tokenizers.normalizers import Replace
+
 from coprune.base.errors import BadInput, panics_caught
 from coprune.base.files import read_given
-from coprune.model.checkpoint import pattern_trial
+from coprune.base.limited import SECONDS, Child, render_limited
 
 _MOST_GROWTH, _HUGE = 32, 10**9
-_SECONDS = 60
-"""Wall-time limit of a trial, whose CPU limit is a few seconds."""
+_LENGTH = 64
+"""Length of the texts on which patterns are tried."""
+_CHILDREN: dict[str, Child] = {}
 _REPEATED = re.compile(r"[)*+?}][*+{]|\{\d{3,}|\{\d*,\d{3,}|\(\?[#x]|\\[gk1-9]")
 """Constructs that can take very many steps on a short text: repeated groups and repetitions, large counts, references."""
 
@@ -61,11 +63,11 @@ def _tried(file: Path, patterns: Sequence[str]) -> set[str]:
     usual = [pattern for pattern in patterns if pattern not in unusual]
     try:
         with panics_caught():
-            answers = [pattern_trial.matches_nothing(pattern) for pattern in usual] + _tried_apart(unusual)
-    except (ValueError, subprocess.TimeoutExpired) as error:
+            answers = [matches_nothing(pattern) for pattern in usual] + _tried_apart(unusual)
+    except ValueError as error:
         longest = max(unusual or usual, key=len)
         raise BadInput(
-            f"{file} holds a pattern that takes too many steps, more than {pattern_trial.SECONDS} seconds or a gigabyte of "
+            f"{file} holds a pattern that takes too many steps, more than {SECONDS} seconds or a gigabyte of "
             f"memory for a few letters: {longest[:100]!r}, or another one",
             fix="fetch the model again",
         ) from error
@@ -73,13 +75,28 @@ def _tried(file: Path, patterns: Sequence[str]) -> set[str]:
 
 
 def _tried_apart(patterns: Sequence[str]) -> list[bool]:
-    """Try patterns in another process. Raises ValueError or TimeoutExpired if it did not finish."""
-    if not patterns:
-        return []
-    command = [sys.executable, "-P", pattern_trial.__file__]
-    asked = json.dumps(patterns).encode()
-    ran = subprocess.run(command, input=asked, capture_output=True, timeout=_SECONDS, check=False)
-    return list(json.loads(ran.stdout))  # empty if the process was killed
+    """Try patterns in a child process. Raises ValueError if it did not finish."""
+    return list(json.loads(render_limited(_CHILDREN, "patterns", _answers, (patterns,)))) if patterns else []
+
+
+def _answers(patterns: Sequence[str]) -> str:
+    return json.dumps([matches_nothing(pattern) for pattern in patterns])
+
+
+def matches_nothing(pattern: str) -> bool:
+    """Return whether a pattern can match the empty string; False for an invalid one, which the loader reports."""
+    try:
+        replace = Replace(Regex(pattern), "x")
+    except Exception:  # the library raises plain Exception
+        return False
+    # Replacing an empty match by one character lengthens the text; any other match does not.
+    return any(len(replace.normalize_str(text)) > len(text) for text in _texts(pattern))
+
+
+def _texts(pattern: str) -> list[str]:
+    """Return texts that could make a pattern backtrack: runs of its own and common characters with a different end."""
+    letters = dict.fromkeys([*"a0 \n", *pattern])
+    return ["a b", *(letter * _LENGTH + "\0" for letter in list(letters)[:_LENGTH])]
 
 
 def _growth(step: Any, empty: set[str]) -> int:
