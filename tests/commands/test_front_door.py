@@ -33,6 +33,9 @@ REFUSED = {
     "coprune prune empty -m wanda": "empty is an empty folder",
     "coprune prune empty.gguf -p 2:4": "empty.gguf is an empty file; fetch it again",
     "coprune eval noise.gguf": "noise.gguf is cut off or not a GGUF file",
+    "coprune prune half.gguf -m wanda": "half.gguf is cut off or damaged; fetch it again",
+    "coprune inspect https://huggingface.co/owner/name/tree/main": "is an address; name the model: owner/name",
+    "coprune generate model 'Why is the sky blue?'": "does not end in .jsonl; name the file to write; prompts are read",
     "coprune inspect words.txt": "words.txt is neither a GGUF file nor a folder",
     "coprune finetune configless --dataset words.txt": "configless has no config.json",
     "coprune generate modle out.jsonl": "Hub is out of reach",
@@ -71,7 +74,8 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "mlx" / "config.json").write_text(json.dumps(of_mlx | {"quantization_config": of_mlx["quantization"]}))
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     (tmp_path / "pipeline" / "unet" / "config.json").write_text("{}")
-    for name, content in {"empty.gguf": b"", "noise.gguf": b"noise", "whole.gguf": b"GGUF", "empty.txt": b""}.items():
+    files = {"empty.gguf": b"", "noise.gguf": b"noise", "half.gguf": b"GGUF\3", "whole.gguf": b"GGUF", "empty.txt": b""}
+    for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "words.txt").write_text("".join(f"{number} words, one after another\n" for number in range(1000)))
     return tmp_path

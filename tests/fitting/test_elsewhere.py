@@ -104,7 +104,7 @@ def test_a_changed_file_is_measured_again(place: Path, files: Path, tmp_path: Pa
         ("nothing", r"there is no file .*smal\.gguf; did you mean .*small\.gguf\?"),
         ("empty", "is an empty file"),
         ("text", "is neither a GGUF file nor a folder"),
-        ("cut off", "cannot be read|is cut off or damaged"),
+        ("cut off", "is cut off: it has"),
         ("part", "is one of 2 parts, and a candidate is one file"),
         ("vocabulary", "has another vocabulary: token 40 is"),
         ("tokens", "has 1,025 tokens, and the model 1,024"),

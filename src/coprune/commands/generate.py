@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from coprune.base.environment import expand_home
 from coprune.base.words import Command, Set
 from coprune.commands.options import settings_options, with_options
 from coprune.commands.terminal import show, show_next
 from coprune.model.checkpoint.glance import look
-from coprune.steps.generate_settings import GenerateSettings
+from coprune.steps.generate_settings import GenerateSettings, require_free
 
 
 @with_options(settings_options(GenerateSettings))
@@ -27,6 +28,7 @@ def generate(
     Example: coprune generate smollm2-135m own.jsonl --samples 64 --seqlen 256
     """
     given: Any = {name: value for name, value in settings.items() if value is not None}
+    require_free(expand_home(target))
     if prompts is None or prompts.is_file():  # if not, report that instead
         look(model, settings["cache_dir"])
     from coprune.steps.write_text import generate

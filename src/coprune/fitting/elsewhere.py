@@ -33,10 +33,10 @@ def look_at_candidates(names: Iterable[str]) -> None:
                 near = like_named(path)
                 fix = f"did you mean {near}?" if near else "name a GGUF file of the model"
                 raise BadInput(f"there is no file {name}", fix=fix)
-            look_at_file(path)
             if (parts := len(gguf_parts(path))) > 1:
                 fix = "join them first with llama-gguf-split --merge"
                 raise BadInput(f"{name} is one of {parts} parts, and a candidate is one file", fix=fix)
+            look_at_file(path)
 
 
 @contextmanager

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from coprune.base.errors import BadInput
+from coprune.base.files import require_file
+from coprune.base.words import Setting
 from coprune.recipe.parts import CacheFolder, Device, DtypeOfModel
 
 
@@ -32,3 +36,13 @@ class GenerateSettings(BaseModel):
     dtype: DtypeOfModel = "auto"
     device: Device = "auto"
     cache_dir: CacheFolder = None
+
+
+def require_free(target: Path) -> None:
+    """Raise BadInput if the file to write exists, has the wrong suffix, or cannot be written."""
+    if target.exists():
+        raise BadInput(f"{target} already exists", field="target", value=target, fix="name another file")
+    if target.suffix != ".jsonl":
+        fix = ("name the file to write; prompts are read from a file, with ", Setting("prompts"))
+        raise BadInput(f"{target} does not end in .jsonl", field="target", value=target, fix=fix)
+    require_file(target, "target")

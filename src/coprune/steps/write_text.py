@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, about
-from coprune.base.files import require_file, write_text
+from coprune.base.files import write_text
 from coprune.base.progress import Reporter
 from coprune.base.validation import settings_of
 from coprune.base.words import Setting
@@ -27,7 +27,7 @@ from coprune.model.loaded_model import (
 )
 from coprune.recipe.recipe import make_recipe
 from coprune.recipe.sources import OWN, Source
-from coprune.steps.generate_settings import GenerateSettings
+from coprune.steps.generate_settings import GenerateSettings, require_free
 
 _SAMPLES, _LENGTH = 16, 512
 
@@ -60,7 +60,7 @@ def generate(
         BadInput: a setting is unknown or invalid, the file exists, or a prompt cannot be used.
     """
     asked, path = settings_of(GenerateSettings, settings), expand_home(target)
-    _require_free(path)
+    require_free(path)
     with about("prompts", prompts):  # bad prompts are reported before the model is loaded
         read = None if prompts is None else read_prompts(str(prompts), asked.column)
     how = asked.model_dump(include={"column", "template"}, exclude_none=True)
@@ -82,15 +82,6 @@ def generate(
     rows = [_row(tokenizer, prompt, answer, drawn.end_ids) for prompt, answer in own.pairs]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
-
-
-def _require_free(target: Path) -> None:
-    """Raise BadInput if the file exists or has the wrong suffix."""
-    if target.exists():
-        raise BadInput(f"{target} already exists", field="target", value=target, fix="name another file")
-    if target.suffix != ".jsonl":
-        raise BadInput(f"{target} does not end in .jsonl", field="target", value=target)
-    require_file(target, "target")
 
 
 def _open(model: str | Path | PreTrainedModel, processor: Any, asked: dict[str, Any]) -> Loaded:

@@ -45,14 +45,16 @@ ARCHITECTURE = text("general.architecture") + struct.pack("<I", 8) + text("llama
 
 
 def gguf(path: Path, count: int, tensors: int = 3, token: str | bytes = "b", first: bytes = ARCHITECTURE) -> Path:
-    """Write the metadata of a GGUF file: a text, a list of texts, and a number of blocks."""
+    """Write a GGUF file: a text, a list of texts, a number of blocks, and tensors of eight numbers."""
     entries = [
         first,
         text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text(token),
         text("tokenizer.ggml.scores") + struct.pack("<IIQ", 9, 6, 2) + struct.pack("<2f", 1, 2),
         text("llama.block_count") + struct.pack("<IQ", 10, count),
     ]
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, len(entries)) + b"".join(entries))
+    head = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(entries)) + b"".join(entries)
+    head += b"".join(text("t") + struct.pack("<IQIQ", 1, 8, 0, 32 * number) for number in range(tensors))
+    path.write_bytes(head + b"\0" * (-len(head) % 32 + 32 * tensors))
     return path
 
 
@@ -63,11 +65,13 @@ def test_more_blocks_than_a_gguf_file_has_tensors_are_refused(tmp_path: Path) ->
     assert locate(gguf(file, 3)) == GgufFile(file, "model.gguf")
 
 
-@pytest.mark.parametrize("end", [5, 23, 40, 60, 100])
+@pytest.mark.parametrize("end", [5, 23, 40, 60, 100, -150, -96, -1])
 def test_a_gguf_file_that_ends_early_is_one_message(end: int, tmp_path: Path) -> None:
     file = gguf(tmp_path / "model.gguf", 3)
+    whole = file.stat().st_size
     file.write_bytes(file.read_bytes()[:end])
-    with pytest.raises(BadInput, match="cut off"):
+    said = f"is cut off: it has {whole + end:,} of {whole:,} bytes" if end in (-96, -1) else "is cut off or damaged"
+    with pytest.raises(BadInput, match=said):
         locate(file)
 
 

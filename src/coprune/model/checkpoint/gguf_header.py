@@ -1,7 +1,8 @@
-"""The metadata of a GGUF file, checked before any tensor is read and without the package gguf."""
+"""The metadata of a GGUF file and its size, checked before any tensor is read and before torch is imported."""
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 _TEXT, _ARRAY = 8, 9
 _LONGEST = 1 << 30
+_ALIGNMENT, _MOST_AXES = 32, 8
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -103,6 +105,9 @@ def _header(file: Path) -> tuple[GgufHeader, dict[str, int]]:
                     f"{file} is GGUF version {version}; versions 2 and 3 are supported", fix="convert it again"
                 )
             said = dict(_metadata(file, stream, entries))
+            needed = _end_of_tensors(stream, tensors, said.get("general.alignment") or _ALIGNMENT)
+            if (size := stream.seek(0, 2)) < needed:
+                raise BadInput(f"{file} is cut off: it has {size:,} of {needed:,} bytes", fix="fetch it again")
         header = GgufHeader.model_validate({**said, "tensors": tensors})
     except ValidationError as error:
         raise explain(error).within(str(file)) from error
@@ -140,6 +145,22 @@ def _value(stream: BinaryIO, kind: int, as_text: bool) -> Any:
         for _ in range(count):
             _value(stream, inner, as_text)
     return None
+
+
+def _end_of_tensors(stream: BinaryIO, count: int, alignment: int) -> int:
+    """Return the number of bytes that a file with these tensors has. stream: at the first tensor's description."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    end = 0
+    for _ in range(count):
+        _text(stream)
+        (axes,) = struct.unpack("<I", stream.read(4))
+        if axes > _MOST_AXES:
+            raise ValueError("a tensor of so many axes")
+        *shape, kind, start = struct.unpack(f"<{axes}QIQ", stream.read(8 * axes + 12))
+        values, size = GGML_QUANT_SIZES.get(kind, (1, 0))  # an unknown type is reported by the reader
+        end = max(end, start + math.prod(shape) // values * size)
+    return -(-stream.tell() // alignment) * alignment + end if count else stream.tell()
 
 
 def _text(stream: BinaryIO) -> bytes:

@@ -15,13 +15,15 @@ from pathlib import Path
 
 from coprune.base.data_packages import carried_file
 from coprune.base.environment import expand_home
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, about
 from coprune.base.files import require_regular
 from coprune.base.words import Set, Setting, Words
+from coprune.model.checkpoint.gguf_header import GgufHeader, read_gguf_headers
 
 HUB_SECONDS = 10.0
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 GGUF_MAGIC = b"GGUF"
+_HUB_ADDRESS = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 _CONFIG, _PIPELINE, _ADAPTER = "config.json", "model_index.json", "adapter_config.json"
 
 
@@ -79,8 +81,8 @@ def is_run(path: Path) -> bool:
     return not (path / _CONFIG).is_file() and any(file.is_file() for file in reports)
 
 
-def look_at_file(path: Path) -> None:
-    """Raise BadInput for a file that is not a GGUF file."""
+def look_at_file(path: Path) -> list[tuple[GgufHeader, dict[str, int]]]:
+    """Return the headers of a GGUF file, as `read_gguf_headers`. Raises BadInput for another, or a damaged one."""
     if path.suffix.lower() != ".gguf":
         timm = f", or timm's architecture with it: timm/NAME@{path}" if path.suffix in WEIGHT_FILES else ""
         raise BadInput(
@@ -96,6 +98,8 @@ def look_at_file(path: Path) -> None:
         raise BadInput(f"{path} {what}", field="model", value=str(path), fix="fetch it again")
     if importlib.util.find_spec("gguf") is None:
         raise no_gguf()
+    with about("model", str(path)):
+        return read_gguf_headers(path)
 
 
 def no_gguf() -> BadInput:
@@ -146,6 +150,8 @@ def _no_config(path: Path, name: str) -> BadInput:
 def refuse_missing(model: str) -> None:
     """Raise BadInput for a name that is neither a Hub id nor an existing path."""
     path = expand_home(model)
+    if (at_hub := _HUB_ADDRESS.match(model)) is not None:
+        raise BadInput(f"{model} is an address", field="model", value=model, fix=f"name the model: {at_hub[1]}")
     # With `runs/` here, `runs/mdoel` is more likely a typo than a Hub id.
     if not path.exists() and (_looks_like_path(model) or ("/" in model and path.parent.is_dir())):
         raise BadInput(f"there is no model at {model}", field="model", value=model, fix=_nearest(path))

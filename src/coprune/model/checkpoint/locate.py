@@ -19,7 +19,6 @@ from coprune.base.environment import expand_home, user_cache
 from coprune.base.errors import BadInput, about
 from coprune.base.files import whole_folder
 from coprune.model.checkpoint.adapter_folder import base_of, is_adapter, merged_folder
-from coprune.model.checkpoint.gguf_header import read_gguf_headers
 from coprune.model.checkpoint.glance import (
     PACKAGED,
     WEIGHT_FILES,
@@ -136,9 +135,8 @@ def holds_model(folder: Path) -> bool:
 
 
 def _locate_gguf(path: Path) -> GgufFile:
-    look_at_file(path)
     with about("model", str(path)):
-        for header, integers in read_gguf_headers(path):
+        for header, integers in look_at_file(path):
             check_claims(integers, header.tensors, path)
     return GgufFile(path, path.name)
 
