@@ -24,8 +24,9 @@ from coprune.base.progress import Reporter
 from coprune.data.corpora import evaluation_text
 from coprune.data.text import JoinedText
 from coprune.fitting.candidates import DENSE, TYPES, Candidate
-from coprune.fitting.fit_call import FACTS_FILE, WORK_FOLDER
+from coprune.fitting.fit_call import FACTS_FILE
 from coprune.fitting.fit_notes import Asked
+from coprune.fitting.looking import WORK_FOLDER
 from coprune.fitting.tasks import read_tasks
 from coprune.fitting.workshop import Workshop
 from coprune.model.checkpoint.locate import locate

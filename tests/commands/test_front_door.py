@@ -42,6 +42,11 @@ REFUSED = {
     "coprune export empty out.gguf": "empty is an empty folder",
     "coprune export model out.gguf --type q4_km": "unknown type 'q4_km'; did you mean 'q4_k_m'?",
     "coprune fit empty --task words.txt -o out": "empty is an empty folder",
+    "coprune fit model --task words.txt --text utf16.txt -o out": "utf16.txt is not UTF-8 text",
+    "coprune fit model --task words.txt --types q9_9 -o out": "unknown type 'q9_9'",
+    "coprune fit model --task words.txt -o words.txt": "words.txt is a file; name another folder",
+    "coprune bench noise.gguf": "noise.gguf is cut off or not a GGUF file",
+    "coprune eval model --data utf16.txt": "utf16.txt is not UTF-8 text",
     "coprune estimate nobody/nothing -m wanda": "there is no file or folder nobody/nothing here",
     "coprune prune model": "dataset 'Salesforce/wikitext' is out of reach",
     "coprune prune model --dataset nothing.txt": "there is no file or folder 'nothing.txt'",
@@ -75,6 +80,7 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     (tmp_path / "pipeline" / "unet" / "config.json").write_text("{}")
     files = {"empty.gguf": b"", "noise.gguf": b"noise", "half.gguf": b"GGUF\3", "whole.gguf": b"GGUF", "empty.txt": b""}
+    files["utf16.txt"] = "words".encode("utf-16")
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "words.txt").write_text("".join(f"{number} words, one after another\n" for number in range(1000)))

@@ -221,6 +221,7 @@ def test_conditions_are_judged_kept_lost_or_open() -> None:
         ("acuracy>=0.5", "did you mean 'accuracy'"),
         ("accuracy<=dense", "worst model"),
         ("kl<=dense", "already"),
+        ("bits<=dense*1e999", "not a condition"),
         ("", "not a condition"),
     ],
 )

@@ -20,9 +20,10 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
-from coprune.fitting.fit_call import WORK_FOLDER, remake
+from coprune.fitting.fit_call import remake
 from coprune.fitting.fit_notes import Asked, Measured
 from coprune.fitting.fit_recipe import RECIPE_FILE
+from coprune.fitting.looking import WORK_FOLDER
 from coprune.fitting.made_model import digest_of
 from coprune.fitting.making import Making
 from coprune.fitting.reader import POSITIONS, Reader

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from coprune.base.errors import BadInput
 from coprune.store.claim import Claim, Taken
 from coprune.store.store import Store, key_of
 from support.forking import ended, forked, wait_for
@@ -155,3 +156,12 @@ def refused(file: Path) -> bool:
     except Taken:
         return True
     return False
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_variable_that_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BadInput, match=r"the cache .* is below .*file, .*; set XDG_CACHE_HOME to a folder that"):
+        Store.of_user()

@@ -10,6 +10,7 @@ import typer
 
 from coprune.base.words import Command, Set
 from coprune.commands.terminal import show, show_next
+from coprune.model.checkpoint.glance import look
 
 
 def bench(
@@ -37,6 +38,8 @@ def bench(
 
     Example: coprune bench smollm2-135m out/smaller dense-q8_0.gguf smaller-q8_0.gguf --threads 2
     """
+    for model in models:
+        look(model)
     import torch
 
     from coprune.base.files import require_file, write_text

@@ -12,9 +12,8 @@ from coprune.base.validation import settings_of
 from coprune.base.words import Command, Words
 from coprune.commands.options import ShortCommand, help_all_option, settings_options, with_options
 from coprune.commands.terminal import show, show_next
-from coprune.fitting.elsewhere import look_at_candidates
 from coprune.fitting.fit_settings import FitSettings
-from coprune.gguf_files.llama_cpp import require_llama_cpp
+from coprune.fitting.looking import look_at_settings, require_own_folder
 from coprune.model.checkpoint.glance import is_run, look
 
 NOT_KEPT = 1
@@ -61,11 +60,10 @@ def fit(
 
     how: Any = {name: value for name, value in settings.items() if value is not None}
     asked = settings_of(FitSettings, how)
-    if asked.runtime == "llama.cpp":
-        require_llama_cpp("models are fitted to llama.cpp", "runtime", asked.runtime)
+    look_at_settings(asked)
     is_recipe = Path(model).suffix in (".yaml", ".yml")
     if not is_recipe:
-        look_at_candidates(asked.candidate)
+        require_own_folder(expand_home(output))
         if task and all(is_file(one) for one in task):
             wanted(task, require, asked.seed, asked.items)
         if not is_run(expand_home(model)):

@@ -19,7 +19,7 @@ from coprune.base.errors import BadInput, unknown_name
 from coprune.base.files import like_named
 from coprune.base.words import Set
 from coprune.data.hub_datasets import HubCorpus, Part, require_dataset
-from coprune.data.local_text import files_of, local_text, looks_local, split_column
+from coprune.data.local_text import begins_as_text, files_of, local_text, looks_local, split_column
 from coprune.data.text import LOCAL_FILE_HINT, PREFIX, Documents, JoinedText, join
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ _HUB_ID = re.compile(r"(?P<dataset>[\w.-]+/[\w.-]+)(?::(?P<config>[^:]*))?(?::(?
 
 
 def look_at_text(name: str, cache_dir: Path | None = None) -> None:
-    """Raise BadInput for missing, empty or unreachable text, without reading it or importing torch.
+    """Raise BadInput for text that is missing, empty, not text or unreachable, by its beginning and without importing torch.
 
     name: as in `calibration_text`.
     """
@@ -157,8 +157,12 @@ def look_at_text(name: str, cache_dir: Path | None = None) -> None:
         require_dataset(_hub_corpus(name).dataset, cache_dir, Set("dataset", "embedded"))
     else:
         path, _ = split_column(name)
-        if not any(file.stat().st_size for file in files_of(path)):
+        files = [file for file in files_of(path) if file.stat().st_size]
+        if not files:
             raise BadInput(f"{path} holds no text", fix=LOCAL_FILE_HINT)
+        for file in files:
+            if file.suffix.lower() != ".parquet" and not begins_as_text(file):
+                raise BadInput(f"{file} is not UTF-8 text", fix=LOCAL_FILE_HINT)
 
 
 def _given(name: str) -> GivenData | None:

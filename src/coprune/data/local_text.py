@@ -90,7 +90,7 @@ def files_of(path: Path) -> list[Path]:
         for file in path.rglob("*")
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
-    files = [file for file in seen if _ending(file) in READERS] or [file for file in seen if _begins_as_text(file)]
+    files = [file for file in seen if _ending(file) in READERS] or [file for file in seen if begins_as_text(file)]
     if not files:
         raise BadInput(f"the folder {path} holds no file to read", fix=LOCAL_FILE_HINT)
     return files
@@ -101,7 +101,7 @@ def _ending(path: Path) -> str:
     return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
-def _begins_as_text(file: Path) -> bool:
+def begins_as_text(file: Path) -> bool:
     """Return whether the beginning of a file is text."""
     try:
         with open_given(file) as stored, gzip.open(stored) if _is_gzipped(file) else stored as stream:

@@ -19,7 +19,7 @@ from coprune.base.words import Command, LeaveOut, Set, say
 from coprune.data.keyword_arguments import FitArguments
 from coprune.fitting.budget import EXACT_DENSE
 from coprune.fitting.candidates import AS_GIVEN, EXACT, FOREIGN, Candidate
-from coprune.fitting.elsewhere import look_at_candidates, require_same_model
+from coprune.fitting.elsewhere import require_same_model
 from coprune.fitting.finding import Finding, Wish
 from coprune.fitting.fit_notes import Asked
 from coprune.fitting.fit_page import fit_card, fit_page
@@ -27,6 +27,7 @@ from coprune.fitting.fit_recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.fit_result import PAGE_FILE, Fitted, Row
 from coprune.fitting.fit_settings import FitSettings
 from coprune.fitting.in_transformers import InTransformers
+from coprune.fitting.looking import WORK_FOLDER, look_at_settings, require_own_folder
 from coprune.fitting.made_model import bytes_given, copy, digest_of
 from coprune.fitting.making import Making
 from coprune.fitting.require import Held, verdict_of, wanted
@@ -35,7 +36,6 @@ from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.converter import find_converter, no_template
-from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.digest import bytes_of_weights, source_digest
 from coprune.model.checkpoint.locate import ModelFolder, locate
 from coprune.report.provenance import MadeFacts
@@ -44,7 +44,7 @@ from coprune.report.schema import Report
 from coprune.steps.export import template_of
 
 FACTS_FILE, CARD_FILE = "fit.json", "README.md"
-WORK_FOLDER, TEMPLATE_FOLDER = ".fit", ".template"
+TEMPLATE_FOLDER = ".template"
 _UNITS = {
     "bytes": "bytes of the file, or of a folder's weights",
     "cost": "bytes (size, memory) or tokens per second (speed)",
@@ -90,10 +90,8 @@ def fit(
     """
     target, reporter, settings = expand_home(output), Reporter(quiet), settings_of(FitSettings, how)
     asked, wish = _read(model, task, require, settings)
-    require_usable(target, "output")
+    require_own_folder(target)
     _require_apart(target, asked)
-    if target.exists() and any(target.iterdir()) and not (target / WORK_FOLDER).is_dir():
-        raise BadInput(f"{target} holds something else", field="output", value=str(target), fix="name another folder")
     asked = _with_template(asked, target, settings.converter, reporter)
     _require_same_model(asked)
     team = Team(settings.workers, target / WORK_FOLDER / "workers.log", settings.ray)
@@ -171,14 +169,9 @@ def _name(asked: Asked, chosen: Candidate) -> str:
 
 def _read(model: str | Path, task: Any, require: str | None, how: FitSettings) -> tuple[Asked, Wish]:
     """Read and check everything that needs no model."""
-    in_llama_cpp = how.runtime == "llama.cpp"
-    if in_llama_cpp:
-        require_llama_cpp("models are fitted to llama.cpp", "runtime", how.runtime)
-    types = how.types if in_llama_cpp else (EXACT,)
-    for name in types:
-        require_type(name)
+    look_at_settings(how)
+    types = how.types if how.runtime == "llama.cpp" else (EXACT,)
     tasks, conditions = wanted(_paths(task), require, how.seed, how.items, how.trust_tasks)
-    look_at_candidates(how.candidate)
     asked = Asked(model_of(str(model)), tasks, how.seed, how.text, how.like, how.runtime, how.candidate, how.step)
     asked.check_steps()
     _require_template(asked, how.converter)

@@ -280,7 +280,7 @@ def read_conditions(text: str) -> tuple[Condition, ...]:
 
 def _read(text: str) -> Condition:
     found = _CONDITION.fullmatch(text)
-    if found is None:
+    if found is None or not all(math.isfinite(float(found[one] or 0)) for one in ("number", "offset")):
         fix = "write a figure, >= or <=, and a number, dense, dense-0.01 or dense*1.02: accuracy>=dense-0.01"
         raise BadInput(f"{text!r} is not a condition", field="require", value=text, fix=fix)
     name, up, number = found["name"], found["sign"] == ">=", found["number"]

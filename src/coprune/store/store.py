@@ -19,6 +19,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from coprune.base.environment import user_cache
+from coprune.base.errors import BadInput
+from coprune.base.files import require_usable
 from coprune.store.claim import claimed
 from coprune.store.notes import Note, Record, read_note, write_note
 
@@ -54,8 +56,14 @@ class Store:
 
     @classmethod
     def of_user(cls) -> Store:
-        """Return the user's own store, in the cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-        return cls(user_cache() / "store")
+        """Return the user's own store, in XDG_CACHE_HOME or ~/.cache. Raises BadInput if that is not writable."""
+        folder = user_cache() / "store"
+        try:
+            require_usable(folder)
+        except BadInput as error:
+            fix = "set XDG_CACHE_HOME to a folder that can be written to"
+            raise BadInput(f"the cache {error.cause}", fix=fix) from error
+        return cls(folder)
 
     @property
     def folder(self) -> Path | None:
