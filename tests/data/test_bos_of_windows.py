@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from coprune.base.errors import BadInput
-from coprune.data.bos import AskedBos, beginning, put_by, text_at_bos, windows_at_bos
+from coprune.data.bos import beginning, put_by, text_at_bos, windows_at_bos
 from coprune.data.windows import EvaluationText, Windows, calibration_windows, evaluation_tokens, fingerprint
+from coprune.recipe.parts import AskedBos
 from support.pico_folder import pico_tokenizer, write_words
 
 BOS = 1

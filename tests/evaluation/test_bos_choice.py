@@ -14,10 +14,10 @@ from torch.nn import functional
 
 import coprune
 from coprune.base.errors import BadInput
-from coprune.data.bos import AskedBos
 from coprune.evaluation.bos_choice import BosChoice, choose_bos, score_in_memory, score_of
 from coprune.model.checkpoint.load import prepare
 from coprune.model.walk.activations import Activations
+from coprune.recipe.parts import AskedBos
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import pico_tokenizer, save, write_words
 from support.walking import prove

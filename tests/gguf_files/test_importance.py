@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_importance_is_the_mean_square_of_a_matrixs_inputs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coprune.gguf_files.importance.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("coprune.gguf_files.importance.quickest_on_cpu", lambda: "float32")
     model, tokens, given = load_clean(place / "dense"), pico_tokens(3, 16), list[torch.Tensor]()
     down = model.model.layers[0].mlp.down_proj
     down.register_forward_hook(lambda module, inputs, output: given.append(inputs[0]))

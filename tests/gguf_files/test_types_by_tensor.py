@@ -120,7 +120,7 @@ def test_predicted_losses_are_the_divergence_of_the_rounded_model(source: Path, 
 
 def test_a_streamed_model_has_the_sensitivity_of_one_in_memory(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = torch.randint(8, 250, (3, 64), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(sensitivity, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(sensitivity, "quickest_on_cpu", lambda: "float32")
     held = list[int]()
 
     def acquire(self: LazyGguf, prefix: str) -> None:

@@ -16,9 +16,10 @@ from transformers import WhisperFeatureExtractor, WhisperProcessor
 
 import coprune
 from coprune.base.errors import CopruneError
-from coprune.model.checkpoint.load import DtypeName, load_model, load_processor, quiet_transformers
+from coprune.model.checkpoint.load import load_model, load_processor, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.model.checkpoint.older_keys import add_older_keys
+from coprune.recipe.parts import DtypeName
 from runtimes.runtime_table import SOURCE, ZEROS
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import pico_tokenizer, save

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.companions import copy_companions
 from coprune.model.checkpoint.lazy import LazyCheckpoint
-from coprune.model.checkpoint.load import DtypeName, quiet_transformers
+from coprune.model.checkpoint.load import quiet_transformers
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.weights import Weights
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from coprune.recipe.parts import DtypeName
 from support.pico import FAMILIES, pico_model, pico_tokens
 from support.pico_pairs import pico_pairs
 

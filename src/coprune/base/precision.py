@@ -91,6 +91,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or capability(device) >= (8, 0)
 
 
+def quickest_on_cpu() -> Literal["float32", "bfloat16"]:
+    """Return the name of the dtype in which a model runs fastest on this processor."""
+    return "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
+
+
 def precision_on(device: torch.device, asked: Literal["float32", "bfloat16"]) -> torch.dtype:
     """Return the dtype to compute in: bfloat16 if asked for and fast on the device, else float32."""
     return torch.bfloat16 if asked == "bfloat16" and multiplies_bfloat16(device) else torch.float32

@@ -8,7 +8,7 @@ first position of each window, and the last token is dropped.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from coprune.base.words import Set
 from coprune.data.text import NOTHING
 from coprune.data.tokenizing import Tokenizes, encode
 from coprune.data.windows import EvaluationText, Windows, fingerprint
-
-AskedBos = Literal["auto", "first", "every", "never"]
+from coprune.recipe.parts import AskedBos
 
 
 def put_by(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -67,7 +67,11 @@ def inference_logits(model: PreTrainedModel) -> Iterator[Logits]:
         yield logits_of
 
 
-def slices(logits: Tensor, most_values: int = 2**24) -> Iterator[slice]:
+SLICE_VALUES = 2**24
+"""Number of logits converted to float32 at a time."""
+
+
+def slices(logits: Tensor, most_values: int = SLICE_VALUES) -> Iterator[slice]:
     """Cut the rows of logits (rows × vocabulary) into slices of at most 2²⁴ values: 64 MiB in float32."""
     rows, vocabulary = logits.shape
     step = max(1, most_values // vocabulary)

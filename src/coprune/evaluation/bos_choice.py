@@ -10,12 +10,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coprune.data.bos import AskedBos, bos_of, put_by
+from coprune.data.bos import bos_of, put_by
 from coprune.evaluation.batches import inference_logits
 from coprune.evaluation.perplexity import window_nll
 from coprune.model.walk.activations import Activations
 from coprune.model.walk.model_structure import ProvenModel
 from coprune.model.walk.walk import streamed_logits
+from coprune.recipe.parts import AskedBos
 
 CLEARLY_BETTER = 0.05
 """Relative fall in perplexity for which `auto` overrides the tokenizer's default."""

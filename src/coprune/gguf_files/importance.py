@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.files import write_durably
-from coprune.base.precision import multiplies_bfloat16
+from coprune.base.precision import quickest_on_cpu
 from coprune.base.progress import Reporter
 from coprune.data.bos import begun_by
 from coprune.data.windows import calibration_windows
@@ -24,7 +24,6 @@ from coprune.gguf_files.smaller import Exported, exported
 from coprune.model.blocks import find_blocks
 from coprune.model.checkpoint.deferred import filled
 from coprune.model.checkpoint.gguf_reader import gguf_reader
-from coprune.model.checkpoint.load import DtypeName
 from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.model.generation import positions_of
 from coprune.model.loaded_model import open_model
@@ -37,7 +36,7 @@ from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.recording import Dense, Moves, record_batches
 from coprune.model.walk.statistics import InputNorm, Statistic
 from coprune.model.walk.walk import Walk
-from coprune.recipe.parts import ModelPart
+from coprune.recipe.parts import DtypeName, ModelPart
 
 Importance = Mapping[str, Tensor]
 """Mean squares of the inputs (experts × inputs, or 1 × inputs), float32, by the tensor's name in the file."""
@@ -129,7 +128,7 @@ def measured(location: Location, data: str | Tensor, reporter: Reporter) -> dict
         BadInput, UnsupportedModel: as `read_text`.
     """
     # bfloat16 changes the mean squares by less than another sample of text would.
-    text = read_text(location, data, "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32")
+    text = read_text(location, data, quickest_on_cpu())
     with reporter.bar("Importance of the weights", len(text.proven.blocks)) as advance:
         seen: dict[str, Tensor] = {}
         for event in text.walk(InputNorm, Dense(), advance):

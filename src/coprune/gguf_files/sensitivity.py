@@ -20,14 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from coprune.base.errors import UnsupportedModel
 from coprune.base.memory import return_free_memory
-from coprune.base.precision import multiplies_bfloat16
+from coprune.base.precision import quickest_on_cpu
 from coprune.base.progress import Reporter
 from coprune.gguf_files.file_plan import read_example
 from coprune.gguf_files.importance import HEAD, by_name, found_in
 from coprune.gguf_files.llama_cpp import TOKEN_EMBEDDINGS
 from coprune.gguf_files.smaller import exported
 from coprune.model.blocks import Block, find_blocks
-from coprune.model.checkpoint.load import DtypeName
 from coprune.model.checkpoint.locate import GgufFile
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.checkpoint.weights import Weights
@@ -153,8 +152,7 @@ def _pass(location: GgufFile, tokens: Tensor, reporter: Reporter) -> _Passed:
 
 def _opened(location: GgufFile) -> tuple[LazyGguf, list[Block]]:
     """Open a 16-bit file, leaving its blocks on disk."""
-    dtype: DtypeName = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
-    lazy = LazyGguf(location, dtype)
+    lazy = LazyGguf(location, quickest_on_cpu())
     blocks = find_blocks(lazy.model)
     lazy.acquire_rest([block.name for block in blocks])
     return lazy, blocks

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coprune.model.checkpoint.lazy import build_skeleton
-from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers, read_config
+from coprune.model.checkpoint.load import explained, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.names import is_below_any
 from coprune.model.checkpoint.shards import read_json
 from coprune.model.checkpoint.source_encoding import quantization_of, stored_share
 from coprune.model.checkpoint.weights import InMemory
+from coprune.recipe.parts import DtypeName
 
 
 class Imagined(InMemory):

@@ -20,7 +20,7 @@ from coprune.base.words import LeaveOut, Set, say
 from coprune.model.bare_configuration import Imagined
 from coprune.model.blocks import Block, find_blocks
 from coprune.model.checkpoint.lazy import LazyCheckpoint
-from coprune.model.checkpoint.load import DtypeName, TaskName, load_model, load_processor, task_of
+from coprune.model.checkpoint.load import TaskName, load_model, load_processor, task_of
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder, holds_weights, locate
 from coprune.model.checkpoint.mapped_gguf import LazyGguf
 from coprune.model.checkpoint.names import counted_kinds
@@ -30,7 +30,7 @@ from coprune.model.leftovers import NotLoaded
 from coprune.model.room import require_room, room_on
 from coprune.model.walk.activations import GIB
 from coprune.model.walk.block_calls import input_device
-from coprune.recipe.parts import ModelPart
+from coprune.recipe.parts import DtypeName, ModelPart
 from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import WHOLE_MODEL
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from coprune.base.words import per_cent
-
-Kind = Literal["channels", "heads", "experts", "blocks"]
+from coprune.recipe.structure import Removable
 
 
 class Removal(BaseModel):
@@ -29,7 +27,7 @@ class Fewer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Kind
+    kind: Removable
     before: int
     least: int
     """Number kept in the block that keeps the fewest."""
@@ -39,7 +37,7 @@ class Fewer(BaseModel):
     """Requested share of removed experts, if it would leave a different number."""
 
     @classmethod
-    def of(cls, kind: Kind, before: int, kept: Sequence[int], share: float | None = None) -> Fewer:
+    def of(cls, kind: Removable, before: int, kept: Sequence[int], share: float | None = None) -> Fewer:
         """Return the numbers of one kind. kept: in each block that had `before`."""
         return cls(kind=kind, before=before, least=min(kept), most=max(kept), mean=sum(kept) / len(kept), share=share)
 

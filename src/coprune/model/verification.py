@@ -20,7 +20,8 @@ from coprune.model.walk.block_calls import input_device
 from coprune.model.walk.model_structure import FoundModel, ProvenModel
 from coprune.model.walk.walk import streamed_logits
 
-_TOKENS = 64  # of text, to compare logits on
+COMPARED_TOKENS = 64
+"""Number of tokens of a text whose logits are compared."""
 
 
 def verify_saved(folder: Path, model: ProvenModel, edits: Edits) -> None:
@@ -81,5 +82,5 @@ def verify_saved(folder: Path, model: ProvenModel, edits: Edits) -> None:
 def _sample_logits(model: ProvenModel) -> Tensor:
     # Images are compared whole.
     sample = model.structure.sample
-    sample = (sample if sample.ndim > 2 else sample[:, :_TOKENS]).to(input_device(model.module))
+    sample = (sample if sample.ndim > 2 else sample[:, :COMPARED_TOKENS]).to(input_device(model.module))
     return streamed_logits(model, [sample], lambda logits, _: logits.to(torch.float32))[0]

@@ -12,6 +12,12 @@ from torch import Tensor
 
 from coprune.base.reading import to_host
 
+TITLES = {
+    "magnitude": "log₁₀ |weight|",
+    "norm": "log₁₀ input norm (RMS per channel)",
+    "score": "log₁₀ |weight| · input norm",
+}
+"""What is counted, by the names in `Distributions`."""
 BINS = 32
 SAMPLED_WEIGHTS = 2**16
 

@@ -124,8 +124,9 @@ class Part(BaseModel):
         return (name, *(value.first_said() or ())) if isinstance(value, Part) else (name,)
 
 
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DtypeOfModel = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
+    DtypeName,
     _RESULT,
     Field(description="Type of the model's weights; auto is the checkpoint's own (float32 for GGUF)."),
 ]
@@ -303,6 +304,9 @@ class PrunePart(Part):
         return parse_pattern(self.pattern).ratio(self.sparsity)
 
 
+AskedBos = Literal["auto", "first", "every", "never"]
+
+
 class CalibratePart(Part):
     """Settings of the calibration data."""
 
@@ -338,7 +342,7 @@ class CalibratePart(Part):
         ),
     ] = "all"
     bos: Annotated[
-        Literal["auto", "first", "every", "never"],
+        AskedBos,
         Decides.RESULT | Decides.MEASUREMENT,
         Field(
             description="Where the BOS token stands, in calibration and perplexity: at the start of the "

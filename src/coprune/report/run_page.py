@@ -11,7 +11,7 @@ from coprune.evaluation.embeddings import EmbeddingChange
 from coprune.evaluation.extra_measurements import TextSample
 from coprune.evaluation.measurement import Interval
 from coprune.evaluation.zero_shot import Estimate, TaskComparison, ZeroShotFacts, is_share, main_of
-from coprune.pruning.distributions import Distributions, Histogram
+from coprune.pruning.distributions import TITLES, Distributions, Histogram
 from coprune.pruning.pruner import MatrixResult
 from coprune.report.answers_section import answers_section
 from coprune.report.figures import AccuracyFacts, ChangedPrediction, PerplexityFacts
@@ -214,11 +214,6 @@ def _image(example: ChangedPrediction, uri: str) -> Image:
     return Image(uri, example.image, *names)
 
 
-_KINDS = {
-    "magnitude": "log₁₀ |weight|",
-    "norm": "log₁₀ input norm (RMS per channel)",
-    "score": "log₁₀ |weight| · input norm",
-}
 _MOST = 600  # maximum number of matrices with histograms, at about 300 bytes each
 # Each bin is one character; its height is in steps of less than a pixel.
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%()*+,-./:;=?@[]^_`{|}~"
@@ -233,7 +228,7 @@ def picker(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> Section:
             f" {chosen:,} of the {len(matrices):,} matrices are shown, for experts the one with the largest error per block; "
             "distributions.json has all, and coprune inspect MODEL --plot NAME plots any."
         )
-    return Section("One matrix", [Picker(_KINDS, picker_data(matrices, blocks))], note)
+    return Section("One matrix", [Picker(TITLES, picker_data(matrices, blocks))], note)
 
 
 def picker_data(matrices: Sequence[MatrixResult], blocks: Sequence[str]) -> dict[str, Any]:
@@ -264,7 +259,7 @@ def _matrix(matrix: MatrixResult) -> list[Any]:
 
 
 def _charts(found: Distributions | None) -> dict[str, Any]:
-    histograms = {} if found is None else {kind: getattr(found, kind) for kind in _KINDS}
+    histograms = {} if found is None else {kind: getattr(found, kind) for kind in TITLES}
     return {kind: _packed(histogram) for kind, histogram in histograms.items() if histogram is not None}
 
 

@@ -21,13 +21,14 @@ from coprune.base.errors import BadInput
 from coprune.base.memory import available_bytes, resident_memory, unread_weights
 from coprune.data.text import lengths_of
 from coprune.data.windows import EvaluationText, Windows
-from coprune.evaluation.batches import default_batch_size
-from coprune.evaluation.tasks.text_task import samples_per_batch
+from coprune.evaluation.batches import SLICE_VALUES, default_batch_size
+from coprune.evaluation.tasks.text_task import PROBED, samples_per_batch
 from coprune.model.blocks import Block
 from coprune.model.checkpoint.lazy import fetches
 from coprune.model.leftovers import lists_of
 from coprune.model.loaded_model import Loaded, keeps_experts, streams
 from coprune.model.matrices import Matrix
+from coprune.model.verification import COMPARED_TOKENS
 from coprune.model.walk.activations import GIB, device_room
 from coprune.model.walk.inputs import InputSample
 from coprune.model.walk.model_structure import FoundModel
@@ -42,12 +43,6 @@ SLACK = 1.1
 """Factor over the counted tensors for memory that the allocator does not return at once."""
 STEADY, STEADY_IN_HALF = 20 << 20, 90 << 20
 """Memory that any run adds: late imports, compiled kernels; more for products in half precision."""
-PROBED = 512
-"""Maximum number of tokens in the sample on which the walk is proved."""
-SLICE_VALUES = 2**24
-"""Number of logits converted to float32 at a time (see `evaluation.batches.slices`)."""
-COMPARED_TOKENS = 64
-"""Number of tokens whose logits are compared between the saved model and the one in memory."""
 OF_WEIGHT, OF_INPUTS, WORKSPACE = 11, 4, 16 << 20
 """Float32 copies of a matrix and of a Gram matrix that solving takes at most, and the libraries' workspace in bytes."""
 _TOP = re.compile(r"(?=.*(?:expert|moe)).*(?:per_tok|top_?k|moe_k)")

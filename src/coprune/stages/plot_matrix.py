@@ -17,16 +17,11 @@ from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.prove import prove_replay
 from coprune.model.walk.recording import Dense
 from coprune.model.walk.walk import Walk
-from coprune.pruning.distributions import Distributions, distributions_of
+from coprune.pruning.distributions import TITLES, Distributions, distributions_of
 from coprune.recipe.recipe import Recipe
 from coprune.run.calibrating import counted_batches, record_counted
 from coprune.stages.checks import check_widths, prepare_solver
 
-_PANELS = {
-    "magnitude": "log₁₀ |weight|",
-    "norm": "log₁₀ input norm (RMS per channel)",
-    "score": "log₁₀ |weight| · input norm",
-}
 _KEPT, _PRUNED = "#4c78a8", "#e4793c"
 
 
@@ -85,7 +80,7 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
 def plot_spec(name: str, found: Distributions) -> dict[str, Any]:
     """Return the three histograms side by side, as one Vega-Lite specification."""
     panels = []
-    for kind, title in _PANELS.items():
+    for kind, title in TITLES.items():
         histogram = getattr(found, kind)
         if histogram is None:
             continue

@@ -15,6 +15,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput, about
 from coprune.base.words import LeaveOut, Setting
 from coprune.data.windows import Sampling, Windows, draw_samples
+from coprune.evaluation.tasks.text_task import seqlen_within
 from coprune.gguf_files.experts import ExpertFile, require_runs, tokenizer_of, watch_experts
 from coprune.gguf_files.llama_cpp import require_llama_cpp
 from coprune.model.checkpoint.digest import source_digest
@@ -131,12 +132,8 @@ def _samples(recipe: Recipe, file: ExpertFile) -> dict[str, Windows]:
     asked, found = recipe.calibrate, dict[str, Windows]()
     if recipe.remove.kept_scores is not None or recipe.remove.weighs_experts:
         return found
-    limit = file.positions
     with tokenizer_of(file) as tokenizer:
-        seqlen = asked.seqlen or min(2048, limit)
-        if seqlen > limit:
-            cause = f"seqlen {seqlen} is above this model's limit of {limit} positions"
-            raise BadInput(cause, field="seqlen", value=seqlen)
+        seqlen = seqlen_within(file.positions, asked.seqlen)
         for name, text in (recipe.remove.texts or {"calibration": asked.data}).items():
             field = "domains" if recipe.remove.texts else "dataset"
             sources = split_sources(text)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from coprune.base.errors import NumericalError, UnsupportedModel
-from coprune.base.precision import multiplies_bfloat16
+from coprune.base.precision import quickest_on_cpu
 from coprune.base.progress import Reporter
 from coprune.data.bos import begun_by
 from coprune.data.windows import calibration_windows
@@ -128,7 +128,7 @@ def train_scales(
         UnsupportedModel: no scale can be trained.
         NumericalError: the divergence is not finite.
     """
-    teacher, tokenizer = load_model(location, "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32")
+    teacher, tokenizer = load_model(location, quickest_on_cpu())
     seqlen = min(_SEQLEN, positions_of(teacher) or _SEQLEN)
     count = _CHECKED + _BATCH * -(-tokens // (_BATCH * seqlen))
     samples = begun_by(tokenizer, calibration_windows(data, tokenizer, count, seqlen, seed=0).tokens)

@@ -24,10 +24,11 @@ from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput, unknown_name
 from coprune.base.words import Sheet, Shown
 from coprune.gguf_files.llama_cpp import LlamaCpp, require_llama_cpp
-from coprune.model.checkpoint.load import DtypeName, load_model
+from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile, locate
 from coprune.model.checkpoint.shards import shard_files
 from coprune.model.generation import positions_of
+from coprune.recipe.parts import DtypeName
 
 Clock = Callable[[], float]
 

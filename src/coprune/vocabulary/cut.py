@@ -18,8 +18,9 @@ from coprune.base.errors import BadInput, CopruneError
 from coprune.base.memory import available_bytes
 from coprune.base.progress import Reporter
 from coprune.base.words import Set, Setting, Words, say
-from coprune.model.checkpoint.load import DtypeName, load_model
+from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import GgufFile
+from coprune.recipe.parts import DtypeName
 from coprune.recipe.structure import RemovePart
 from coprune.recipe.vocabulary_cut import Loss
 from coprune.store.notes import read_note, write_note

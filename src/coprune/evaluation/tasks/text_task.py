@@ -37,6 +37,8 @@ from coprune.recipe.sources import Source, counts_of, split_sources
 
 Batch = TypeVar("Batch", bound=Tensor)
 Text = TypeVar("Text", bound=EvaluationText)
+PROBED = 512
+"""Maximum number of tokens in the sample on which the walk is proved."""
 
 
 class TextInputs:
@@ -246,9 +248,9 @@ class TextInputs:
             )
 
     def probe(self, samples: Windows | None, data: Mapping[str, Data]) -> Tensor:
-        length, texts = min(self.seqlen, 512), texts_of(data)
+        length, texts = min(self.seqlen, PROBED), texts_of(data)
         if samples is not None:
-            sample = a_longest(samples.tokens)[:, :512]
+            sample = a_longest(samples.tokens)[:, :PROBED]
         elif texts:
             sample = texts[0].tokens[None, :length]
         else:
@@ -295,6 +297,11 @@ def choose_seqlen(model: PreTrainedModel, seqlen: int | None) -> int:
     named = ("max_position_embeddings", "n_positions", "max_target_positions")
     limit = next((found for name in named if (found := getattr(config, name, None))), 0)
     limit = max(0, int(limit) - _unused_positions(model, limit))  # XLNet has -1 for no limit
+    return seqlen_within(limit, seqlen)
+
+
+def seqlen_within(limit: int, seqlen: int | None) -> int:
+    """Return the requested sequence length, or min(2048, limit); 0 is no limit. Raises BadInput above the limit."""
     if seqlen is None:
         return min(2048, limit) if limit else 2048
     if limit and seqlen > limit:

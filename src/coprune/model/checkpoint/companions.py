@@ -17,11 +17,12 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import PreTrainedModel
 
 from coprune.base.files import write_text
-from coprune.model.checkpoint.load import DtypeName, quiet_transformers, undoubled
+from coprune.model.checkpoint.load import quiet_transformers, undoubled
 from coprune.model.checkpoint.locate import Location, ModelFolder
 from coprune.model.checkpoint.names import LICENCES, VOCABULARIES
 from coprune.model.checkpoint.older_keys import add_older_keys
 from coprune.model.checkpoint.shards import read_json
+from coprune.recipe.parts import DtypeName
 
 CARD_FILE = "README.md"
 COPIED = ("*.json", "*.txt", "*.jinja", "*.py", *VOCABULARIES, *LICENCES)

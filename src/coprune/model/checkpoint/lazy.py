@@ -22,7 +22,7 @@ from coprune.model.checkpoint.companions import Companions
 from coprune.model.checkpoint.conversion import Renamed, require_floats
 from coprune.model.checkpoint.deferred import deferred
 from coprune.model.checkpoint.empty import without_weights
-from coprune.model.checkpoint.load import DtypeName, class_for, explained, prepare, quiet_transformers, read_config
+from coprune.model.checkpoint.load import class_for, explained, prepare, quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.names import is_below, is_below_any
 from coprune.model.checkpoint.shards import DTYPES, TensorEntry, read_ahead, read_entries, read_tensor, stored_entries
@@ -37,6 +37,7 @@ from coprune.model.transformers_private import (
     tie_read_weights,
     tied_pairs,
 )
+from coprune.recipe.parts import DtypeName
 from coprune.recipe.pattern import Grid
 
 SHARE = 8

@@ -60,8 +60,8 @@ from coprune.model.transformers_private import (
     run_experts_singly,
     unpack_gguf,
 )
+from coprune.recipe.parts import DtypeName
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["text", "masked", "labels", "embeddings", "images", "pairs", "speech"]
 """The task of a model: to generate text, to fill in masked tokens, to classify texts, to embed them, to classify images,
 to map text to text, to transcribe speech."""

@@ -30,12 +30,13 @@ from coprune.model.checkpoint.companions import Companions, save_companions
 from coprune.model.checkpoint.gguf_header import gguf_parts
 from coprune.model.checkpoint.gguf_reader import gguf_reader, reading_once
 from coprune.model.checkpoint.lazy import LazyCheckpoint, ahead_to, build_skeleton
-from coprune.model.checkpoint.load import DtypeName, explained, quiet_transformers
+from coprune.model.checkpoint.load import explained, quiet_transformers
 from coprune.model.checkpoint.locate import GgufFile, Location, ModelFolder
 from coprune.model.checkpoint.names import LLAMA_CPP
 from coprune.model.checkpoint.shards import DTYPES, Buffer, TensorEntry, read_tensor
 from coprune.model.checkpoint.source import Source
 from coprune.model.transformers_private import GgufNames, gguf_names, revert_conversion, set_conversions_to_revert
+from coprune.recipe.parts import DtypeName
 
 _LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 _STRETCH = 1 << 22

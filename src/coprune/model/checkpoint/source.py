@@ -19,12 +19,13 @@ from coprune.model.checkpoint.companions import Companions, copy_companions
 from coprune.model.checkpoint.conversion import Conversion, Renamed
 from coprune.model.checkpoint.deferred import deferred, untouched
 from coprune.model.checkpoint.file_config import changes_in_file
-from coprune.model.checkpoint.load import DtypeName, quiet_transformers, read_config
+from coprune.model.checkpoint.load import quiet_transformers, read_config
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.checkpoint.names import is_below, is_below_any
 from coprune.model.checkpoint.shards import DTYPES, TensorEntry, read_json, read_tensor, stored_entries
 from coprune.model.checkpoint.source_encoding import DecodedEntry, SourceEncoding, source_encoding
 from coprune.model.transformers_private import config_of
+from coprune.recipe.parts import DtypeName
 from coprune.recipe.pattern import Grid
 
 FLOATS = ("F64", "F32", "F16", "BF16")
