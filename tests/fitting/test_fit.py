@@ -274,6 +274,7 @@ def test_the_given_file_is_returned_if_nothing_smaller_is_proven(place: Path, tm
     assert "1.00 of the" in str(found)
     assert "nothing better" in str(found)
     assert any("your own model, byte for byte" in note for note in found.notes)
+    assert not any("more items" in note for note in found.notes)  # all that was tried passed
     assert remake(tmp_path / "out" / RECIPE_FILE, tmp_path / "again", quiet=True).read_bytes() == small.read_bytes()
 
 

@@ -30,7 +30,7 @@ from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.looking import WORK_FOLDER, look_at_settings, require_own_folder
 from coprune.fitting.made_model import bytes_given, copy, digest_of
 from coprune.fitting.making import Making
-from coprune.fitting.require import Held, verdict_of, wanted
+from coprune.fitting.require import Held, Verdict, verdict_of, wanted
 from coprune.fitting.search import Search
 from coprune.fitting.tasks import METRICS_OF, Task
 from coprune.fitting.team import Team
@@ -362,11 +362,10 @@ def _notes(search: Search, finding: Finding) -> list[str]:
             f"these unseen items have now given {finding.looks} verdicts, with other budgets or conditions: the 95 % confidence "
             "holds for the first only, so use new items for a proof"
         )
-    if not finding.kept and finding.held:
-        needed = [one.needed for one in finding.held if one.needed is not None]
-        there = sum(len(task.seen) + len(task.unseen) for task in search.tasks)
-        would = f"about {2 * max(needed, default=0):,} items would decide; there are {there:,}"
-        found.append(would if needed else "more items would not prove it")
+    if not finding.kept and (unproven := [one for one in finding.held if one.verdict is not Verdict.KEPT]):
+        needed = [one.more for one in unproven]
+        would = f"about {max(one or 0 for one in needed):,} more items would prove it"
+        found.append(would if all(needed) else "more items would not prove it")
     return found
 
 
