@@ -27,7 +27,7 @@ def test_a_result_or_an_error_comes_back() -> None:
     assert (error.cause, error.field, error.value, error.fix) == ("it is too small", "size", 1, "take more")
 
 
-def test_a_killed_child_is_said_to_be() -> None:
+def test_a_killed_child_is_reported() -> None:
     with pytest.raises(LostProcess, match="was killed"):
         interruptible(lambda: os.kill(os.getpid(), signal.SIGKILL))
 

@@ -39,7 +39,7 @@ def test_a_speech_model_is_calibrated_and_measured_on_recordings(place: Path, tm
     (found,) = report.transcripts
     assert (found.recordings, len(report.matrices)) == (4, 32)
     assert report.calibration is not None
-    assert "what the dense model hears" in report.calibration.source
+    assert "the dense model's transcripts" in report.calibration.source
     compared = coprune.evaluate(tmp_path / "pruned", place / "heard", against=place / "model", quiet=True)
     assert compared.near == (found.model_copy(update={"data": str(place / "heard")}),)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "pruned")

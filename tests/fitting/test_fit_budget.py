@@ -81,28 +81,28 @@ def test_a_text_uses_as_many_items_as_the_budget_allows(opened: Opening, tmp_pat
     tasks = text_task(tmp_path, 2000)
     workshop = opened(tasks)
     started = time.perf_counter()
-    (few,) = Budget(workshop, 30.0, 1).carried({tasks[0].key: 8})
+    (few,) = Budget(workshop, 30.0, 1).affordable_tasks({tasks[0].key: 8})
     assert time.perf_counter() - started < 30
     assert 8 <= len(few.unseen) < len(tasks[0].unseen)
     assert few.unseen == tasks[0].unseen[: len(few.unseen)]
     (line,) = [line for line in workshop.reporter.lines if "to fit the budget" in line]  # type: ignore[attr-defined]
     assert line.startswith(f"Using {len(few.seen) + len(few.unseen):,} of 2,000 items of ")
-    (more,) = Budget(workshop, 60.0, 1).carried({tasks[0].key: 8})
+    (more,) = Budget(workshop, 60.0, 1).affordable_tasks({tasks[0].key: 8})
     assert len(more.unseen) == pytest.approx(2 * len(few.unseen), rel=0.05)
-    (same,) = Budget(workshop, 30.0, 1).carried({tasks[0].key: 8})
+    (same,) = Budget(workshop, 30.0, 1).affordable_tasks({tasks[0].key: 8})
     assert same == more  # those of the earlier call
 
 
 def test_items_suffice_for_a_model_that_loses_half_of_what_is_allowed(opened: Opening, tmp_path: Path) -> None:
     tasks = text_task(tmp_path, 2000)
-    (usual,) = Budget(opened(tasks), 30.0, 1).carried({tasks[0].key: 8})
+    (usual,) = Budget(opened(tasks), 30.0, 1).affordable_tasks({tasks[0].key: 8})
     least = len(usual.unseen)
     (file,) = tmp_path.glob("**/items.json")
     file.unlink()  # a call that has counted no items yet
-    (more,) = Budget(opened(tasks), 30.0, 1).carried({tasks[0].key: least})
+    (more,) = Budget(opened(tasks), 30.0, 1).affordable_tasks({tasks[0].key: least})
     assert len(more.unseen) == 2 * least
     file.unlink()
-    (half_as_long,) = Budget(opened(tasks), 15.0, 1).carried({tasks[0].key: least})
+    (half_as_long,) = Budget(opened(tasks), 15.0, 1).affordable_tasks({tasks[0].key: least})
     assert len(half_as_long.unseen) == pytest.approx(1.25 * least, rel=0.05)  # a quarter of the budget, not half of it
 
 
@@ -122,7 +122,7 @@ def test_items_that_prove_only_a_model_like_the_dense_one_are_told(tmp_path: Pat
 def test_a_budget_too_short_for_a_proof_is_refused_before_the_search(opened: Opening, tmp_path: Path) -> None:
     tasks = text_task(tmp_path, 2000)
     with pytest.raises(BadInput, match=r"too short for one candidate; the minimum is about \d"):
-        Budget(opened(tasks), 0.5, 1).carried({tasks[0].key: 1000})
+        Budget(opened(tasks), 0.5, 1).affordable_tasks({tasks[0].key: 1000})
 
 
 def test_making_is_expected_to_take_as_long_as_rounding_to_the_types(opened: Opening, tmp_path: Path) -> None:

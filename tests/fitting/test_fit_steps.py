@@ -52,7 +52,7 @@ def fit(place: Path, *steps: str, **more: Any) -> Any:
     return coprune.fit("model", place / "text.txt", "bits<=dense*2.5", output="small", **settings)
 
 
-def test_a_step_is_kept_and_what_is_known_of_it_is_not_measured_again(place: Path, store: Path, folders: Path) -> None:
+def test_stored_results_of_a_step_are_not_measured_again(place: Path, store: Path, folders: Path) -> None:
     asked = {"runtime": "transformers"}
     found = fit(place, MERGE, SHORTER, **asked)
     assert found.kept
@@ -67,13 +67,13 @@ def test_a_step_is_kept_and_what_is_known_of_it_is_not_measured_again(place: Pat
     assert digest_of(made) == digest_of(found.file)
 
 
-def test_what_a_step_makes_is_tried_in_the_types_of_llama_cpp(place: Path, store: Path, folders: Path) -> None:
+def test_a_steps_model_is_tried_in_llama_cpps_types(place: Path, store: Path, folders: Path) -> None:
     found = fit(place, MERGE, like="model.gguf")
     rows = {row.name: row.bytes for row in found.rows}
     assert found.bytes < rows["q8_0"] == rows[f"{MERGE} q8_0"]
 
 
-def test_what_is_known_of_a_step_is_known_of_the_bytes_that_it_read(folders: Path) -> None:
+def test_stored_results_of_a_step_depend_on_the_bytes_that_it_read(folders: Path) -> None:
     before = Asked("model", (), step=(MERGE,)).digests_of_steps
     assert Asked("model", (), step=(MERGE,)).digests_of_steps == before
     (folders / "other" / "model.safetensors").write_bytes((folders / "model" / "model.safetensors").read_bytes())

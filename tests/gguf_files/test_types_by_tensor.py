@@ -138,8 +138,8 @@ def test_a_streamed_model_has_the_sensitivity_of_one_in_memory(source: Path, mon
 
     def watch(name: str) -> Any:
         def seen(module: Any, given: Any, out: torch.Tensor) -> None:
-            def add(slopes: torch.Tensor) -> None:
-                inputs, own = given[0].detach()[0].square(), slopes[0].square()
+            def add(gradients: torch.Tensor) -> None:
+                inputs, own = given[0].detach()[0].square(), gradients[0].square()
                 sums[name][0] += inputs.sum(1) @ own
                 sums[name][1] += own.sum(1) @ inputs
 

@@ -148,7 +148,7 @@ def test_deciding_settings_survive_json() -> None:
 
 
 def test_an_archived_recipe_neither_pushes_nor_logs() -> None:
-    kept = make_recipe({**RICH, "push_to_hub": "me/m", "save_model": "out/m", "log_json": "x.jsonl"}).untold()
+    kept = make_recipe({**RICH, "push_to_hub": "me/m", "save_model": "out/m", "log_json": "x.jsonl"}).as_stored()
     assert (kept.output.report_to, kept.output.push_to_hub, kept.output.log_json) == (None, None, None)
     assert kept.output.model is not None
 

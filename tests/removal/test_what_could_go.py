@@ -31,7 +31,7 @@ def test_inspect_counts_what_a_removal_takes() -> None:
         assert model.num_parameters() - left.num_parameters() == gone, part
 
 
-def test_inspect_names_no_part_that_a_model_has_not() -> None:
+def test_inspect_only_names_parts_that_the_model_has() -> None:
     lines = str(coprune.inspect(pico_model("llama"), quiet=True)).splitlines()
     parts = [line for line in lines if line.startswith("could go  ")]
     assert parts

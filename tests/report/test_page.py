@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @needs_browser
-def test_a_run_s_page_draws_every_chart_without_error_or_request(runs: list[Path], tmp_path: Path) -> None:
+def test_a_runs_page_draws_every_chart_without_error_or_request(runs: list[Path], tmp_path: Path) -> None:
     report = with_tasks(Report.read(runs[0] / "report.json"))
     file = tmp_path / "report.html"
     file.write_text(run_page(report), encoding="utf-8")

@@ -142,7 +142,7 @@ def test_a_default_folder_stopped_before_fine_tuning_resumes(tmp_path: Path, mon
     asked = make_recipe({"model": "m", "finetune": "lora", "seed": 1})
     run = asked.run_folder
     run.mkdir(parents=True)
-    (run / "recipe.yaml").write_text(asked.untold().to_yaml())
+    (run / "recipe.yaml").write_text(asked.as_stored().to_yaml())
     assert where_to(asked, False, ()) == (asked, None)
     other = make_recipe({"model": "m", "finetune": "lora"})
     found, said = where_to(other, False, ())
@@ -194,7 +194,7 @@ def test_a_stopped_run_resumes_in_the_default_folder_with_smaller_batches(
     stopped, asked = make_recipe({"model": "m"}), make_recipe({"model": "m", "batch_size": 1})
     run = stopped.run_folder
     run.mkdir(parents=True)
-    (run / "recipe.yaml").write_text(stopped.untold().to_yaml())
+    (run / "recipe.yaml").write_text(stopped.as_stored().to_yaml())
     assert where_to(asked, False, ()) == (asked, None)
     finish(run)
     assert where_to(asked, False, ())[0].output.run == run.with_name(f"{run.name}-batch-size-1")

@@ -13,7 +13,7 @@ from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.model.checkpoint.writer import CheckpointWriter
 from coprune.run.step import Left
-from coprune.runner.runner import go
+from coprune.runner.runner import execute
 from support.killing import count_lines, killed_at
 from support.merge_step import Merge, tensors_of
 from support.pico_folder import save_pico
@@ -33,7 +33,7 @@ def weights(left: Left) -> bytes:
 
 
 def merge(models: tuple[Path, Path], folder: Path, share: float = 0.5, replaces: bool = False) -> Left:
-    records, left = go([Merge(models=models, folder=folder, settings={"share": share})], QUIET, replaces=replaces)
+    records, left = execute([Merge(models=models, folder=folder, settings={"share": share})], QUIET, replaces=replaces)
     assert records == [left.record]
     return left
 
@@ -82,6 +82,6 @@ def test_custom_steps_chain_and_run_again_when_a_source_changes(models: tuple[Pa
     first = Merge(models=models, folder=tmp_path / "first", **how)
     second = Merge(models=models[1:], folder=tmp_path / "second", **how)
     plan = [first, second]
-    before = weights(go(plan, QUIET)[1])
+    before = weights(execute(plan, QUIET)[1])
     save_pico(models[0], seed=3, num_hidden_layers=1)
-    assert weights(go(plan, QUIET)[1]) != before
+    assert weights(execute(plan, QUIET)[1]) != before

@@ -18,11 +18,11 @@ def facts(*texts: TextCost, **more: Any) -> VocabularyFacts:
 
 def test_only_languages_that_the_full_vocabulary_covered_are_reported_as_lost() -> None:
     german, thai = cost("German", (250, 400), (1.0, 1.4)), cost("Thai", (700, 1000))
-    said = facts(cost("mine", (200, 201), (1.0, 1.005)), german, thai).loud()
+    said = facts(cost("mine", (200, 201), (1.0, 1.005)), german, thai).warning()
     assert said is not None
     assert "German +40%" in said
     assert "Thai" not in said
-    assert facts(cost("mine", (200, 201))).loud() is None
+    assert facts(cost("mine", (200, 201))).warning() is None
 
 
 def test_a_cut_that_costs_more_than_fewer_bits_is_reported() -> None:

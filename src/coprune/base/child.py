@@ -28,12 +28,12 @@ class OutOfTime(Exception):
 def fork() -> int:
     """Fork this process like `os.fork`. The child may use no lock that another thread could hold."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's about threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of threads in the parent
         return os.fork()
 
 
 def begin_child(*kept: int) -> None:
-    """Let a forked child die of signals, and close all files that it inherited but standard streams and these."""
+    """Restore default signal handling in a forked child, and close inherited files except standard streams and `kept`."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
@@ -51,7 +51,7 @@ def end_child(process: int) -> None:
 
 
 def interruptible(work: Callable[[], Result], until: float = math.inf) -> Result:
-    """Return what a function returns, called in a child process that ends with this one, or at an exception here.
+    """Call a function in a child process, which ends with this process or at an exception here; return its result.
 
     Args:
         work: a long call into a library, which may not use torch's threads. What it returns or raises is pickled.

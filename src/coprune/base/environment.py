@@ -132,7 +132,7 @@ def keep_ray_private() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-def give_ray_its_share() -> None:
+def keep_ray_at_our_priority() -> None:
     """Run Ray's workers at normal priority (RAY_worker_niceness), unless the user set it."""
     os.environ.setdefault("RAY_worker_niceness", "0")
 

@@ -283,8 +283,9 @@ def folder_apart(
         settings: the settings that decide the run.
         settings_in: returns those of the run in a folder; None if there is none, and different ones if unknown.
 
-    The folder, which may hold an earlier run with the same settings; and the names of the settings in which the run of
-        the default folder differs.
+    Returns:
+        The folder, which may hold an earlier run with the same settings; and the names of the settings in which the run
+        in the default folder differs.
     """
     there = settings_in(folder)
     differing = [] if there is None else _differing(settings, there)

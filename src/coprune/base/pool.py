@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from coprune.base.environment import (
-    give_ray_its_share,
+    keep_ray_at_our_priority,
     keep_ray_private,
     quieten_libraries,
     see_only,
@@ -396,7 +396,7 @@ def _import_ray() -> Any:
 def _connect(ray: Any, address: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == LOCAL:
-        give_ray_its_share()  # the same priority as local processes
+        keep_ray_at_our_priority()  # the same priority as local processes
         ray.init("local", include_dashboard=False, object_store_memory=_OBJECTS, **quiet)
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -99,7 +99,7 @@ class Processes:
         return sum(counts)
 
     def gather_rows(self, rows: Tensor, count: int, wanted: int) -> tuple[Tensor, int]:
-        """Gather the rows (N × I) of all processes, thinned out to about `wanted`, and the number of tokens seen."""
+        """Gather the rows (N × I) of all processes, subsampled to about `wanted`, and the number of tokens seen."""
         if self.size == 1:
             return rows, count
         totals = self.gather((len(rows), count))
@@ -169,7 +169,7 @@ def _backend() -> str:
 def _heard() -> Iterator[None]:
     """Convert a broken connection into an error of one line, and report a long wait for another process."""
     over = threading.Event()
-    watch = threading.Thread(target=_tell_of_waiting, args=(over,), daemon=True)
+    watch = threading.Thread(target=_log_waiting, args=(over,), daemon=True)
     watch.start()
     try:
         yield
@@ -184,7 +184,7 @@ def _heard() -> Iterator[None]:
         watch.join()
 
 
-def _tell_of_waiting(over: threading.Event) -> None:
+def _log_waiting(over: threading.Event) -> None:
     """Log repeatedly that this process is waiting; a stopped process looks like a slow one."""
     waited = 0.0
     while not over.wait(_TELL_AFTER_SECONDS):

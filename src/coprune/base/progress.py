@@ -18,8 +18,8 @@ Advance = Callable[[float], None]
 NO_BAR: AbstractContextManager[Advance] = nullcontext(lambda amount: None)
 """Progress bar for work without waiting time."""
 _LINE_SECONDS = 60.0
-_WORDS, _BAR = 28, 40  # columns of a bar's description at least, and of the bar at most
-_BESIDE = 30  # columns of what else stands in its line
+_WORDS, _BAR = 28, 40  # minimum columns of a bar's description, and maximum columns of the bar
+_BESIDE = 30  # columns of the figures beside it
 
 
 def scaled(advance: Advance, by: float) -> Advance:
@@ -41,7 +41,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Said(Event):
-    """A line was said to people."""
+    """A line was printed."""
 
     kind: ClassVar[str] = "line"
     text: str

@@ -211,7 +211,7 @@ class Sheet(NamedTuple):
 
     @classmethod
     def of(cls, facts: Iterable[Fact], columns: Mapping[str, Callable[[Fact], str | Cell]]) -> Sheet:
-        """Return a table with a row per fact. columns: by its title, what a column shows of one."""
+        """Return a table with a row per fact. columns: titles, each with the function that gives a fact's cell."""
         return cls("", [[show(fact) for show in columns.values()] for fact in facts], tuple(columns))
 
     def cells(self) -> list[list[Cell]]:

@@ -80,7 +80,7 @@ def main() -> None:
             raise
         code = INTERRUPTED
     if code == INTERRUPTED or stop.number is not None:  # even if a library swallowed the interrupt
-        tell(f"coprune: {how_to_go_on(sys.argv[1:])}")
+        tell(f"coprune: {how_to_resume(sys.argv[1:])}")
         code = stop.code
     if code:
         sys.exit(code)
@@ -239,7 +239,7 @@ def _is_alone() -> bool:
         return True
 
 
-def how_to_go_on(arguments: Sequence[str]) -> str:
+def how_to_resume(arguments: Sequence[str]) -> str:
     """Return the message for a stopped command. arguments: what was typed after `coprune`."""
     said = "stopped; nothing half-written was left under its final name."
     if not arguments or arguments[0] not in _GOES_ON:

@@ -18,7 +18,7 @@ from coprune.commands.grouped import GroupedCommand
 from coprune.recipe.flags import CALLED
 
 COMMANDS: dict[str, str] = {
-    "demo": "Prune a small model without network access.",
+    "demo": "Prune a small packaged model, and show the effect.",
     "inspect": "Show a model's matrices, and what could be removed.",
     "fit": "Find the smallest file that still does your task.",
     "prune": "Prune a model, measure the effect, and save it.",

@@ -30,14 +30,14 @@ def fit(
             metavar="FILE[:SHARE]",
             help="Items of one kind, repeatable: .jsonl of {prompt, choices, answer}, {prompt, answer}, {prompt, regex}, "
             "{prompt} or {text}, plain text, or a task of lm-eval (its name, or its definition in .yaml). Half of them are never "
-            "seen by the search. A share is of the text to calibrate on.",
+            "seen by the search. SHARE: of the calibration text.",
             show_default=False,
         ),
     ] = None,
     require: Annotated[
         str | None,
         typer.Option(
-            help="What has to be kept, comma-separated: accuracy>=dense-0.01, bits<=dense*1.02, acceptance>=0.9, kl<=0.1. "
+            help="Conditions to meet, comma-separated: accuracy>=dense-0.01, bits<=dense*1.02, acceptance>=0.9, kl<=0.1. "
             "[by the kind of task: accuracy>=dense-0.02, bits<=dense*1.02, acceptance>=0.9]",
             show_default=False,
         ),
@@ -47,8 +47,8 @@ def fit(
 ) -> None:
     """Find the smallest file of a model that still does your tasks, and prove it on items that the search never saw.
 
-    Tries plain quants with an importance matrix, smaller embeddings, and fewer tokens, channels, blocks or experts with
-    distillation.
+    Tries plain quants with an importance matrix, a type for each tensor, smaller embeddings, and fewer tokens, experts,
+    channels or blocks with distillation.
 
     Exit code 0: requirement met on the unseen half; 1: not met. Run the same command again to resume.
 

@@ -16,7 +16,7 @@ from coprune.recipe.recipe import make_recipe
 
 _FEW_SAMPLES = 16
 _USUAL = ("experts=0.25", "channels=0.25")
-"""Removals that are proposed first, where a model has such parts."""
+"""Removals to propose first, if the model has such parts."""
 
 
 @with_options(inspecting_options())

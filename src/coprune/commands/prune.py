@@ -40,7 +40,7 @@ def prune(
 
     Example: coprune prune smollm2-135m --dataset embedded -p 2:4 --seqlen 512 --save-model small
 
-    Options of a method (coprune methods lists them) are typed alike: -m sparsegpt --block-size 64
+    Options of a method (see coprune methods) are given the same way: -m sparsegpt --block-size 64
     """
     times, reporter = Times(context.obj), Reporter(quiet or rank() != 0)
     recipe = recipe_asked(context, typed, reporter)

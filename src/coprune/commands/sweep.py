@@ -48,7 +48,7 @@ def sweep(
         str | None,
         typer.Option(
             "--script",
-            help="llama-7b, …, opt, ablate-weight-update: the original batch scripts.",
+            help="Run a batch script of the Wanda repository: llama-7b, …, opt or ablate-weight-update.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Use this model instead.")] = None,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
+from coprune.base.words import Set
 from coprune.data.hub_datasets import load_dataset, require_dataset
 from coprune.data.local_text import looks_local
 from coprune.data.windows import Samples
@@ -68,7 +69,8 @@ def labelled_images(name: str, part: Part, cache_dir: Path | None = None) -> Lab
     if not looks_local(name):
         return _from_dataset(_load_hub(name, cache_dir), name, part)
     if not path.exists():
-        raise BadInput(f"there is no file or folder {name!r}")
+        fix = "name digits, a folder of classes, a parquet file or a datasets id"
+        raise BadInput(f"there is no file or folder {name!r}", fix=fix)
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if files:
         return _from_dataset(_load_parquet(files, part, cache_dir), name, part)
@@ -82,6 +84,7 @@ def draw_images(images: LabelledImages, transform: Transform, nsamples: int, see
             f"{images.source} holds {len(images)} images, fewer than the {nsamples} samples asked for",
             field="nsamples",
             value=nsamples,
+            fix=("use at most ", Set("nsamples", len(images))),
         )
     chosen = random.Random(seed).sample(range(len(images)), nsamples)
     pixels = torch.cat([transform([images.image(i)]) for i in chosen])

@@ -23,9 +23,9 @@ from coprune.data.speech import holds_recordings
 from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, join, whole_characters
 
 _LOOKED_AT = 1 << 16
-_ANY_SIZE, _MOST_TIMES = 200_000_000, 100  # text is compressed to a third or a fifth, and tables of one word to less
+_ANY_SIZE, _MOST_TIMES = 200_000_000, 100  # text compresses to a third or a fifth, repetitive tables to less
 _ROWS = 256
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair that stands for one character; pairs are found, too
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair; whole pairs match, too
 
 
 def local_text(name: str) -> JoinedText:

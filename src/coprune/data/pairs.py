@@ -184,13 +184,13 @@ def _sentinels(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
     return [one for one in found if one is not None] if None not in found else []
 
 
-def _hidden(row: Tensor, inside: slice, signs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Hide a span in each of `len(signs)` equal pieces of a text; return the text with signs, and the signs with their spans."""
-    piece = (inside.stop - inside.start) // len(signs)
+def _hidden(row: Tensor, inside: slice, sentinels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Replace a span in each of as many equal pieces of a text by a sentinel; return the text, and sentinels with their spans."""
+    piece = (inside.stop - inside.start) // len(sentinels)
     source, spans, at = [row[: inside.start]], [], inside.start
-    for number, sign in enumerate(signs):
+    for number, sentinel in enumerate(sentinels):
         begin = inside.start + number * piece + int(torch.randint(piece - _SPAN + 1, (), generator=generator))
-        source += [row[at:begin], sign[None]]
-        spans += [sign[None], row[begin : begin + _SPAN]]
+        source += [row[at:begin], sentinel[None]]
+        spans += [sentinel[None], row[begin : begin + _SPAN]]
         at = begin + _SPAN
     return torch.cat([*source, row[at:]]), torch.cat(spans)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".wav",)
 HINT = (
-    "name a folder of .wav files, optionally with their words in .txt files of the same names, or in rows of metadata.jsonl "
+    "name a folder of .wav files, optionally with transcripts in .txt files of the same names, or in rows of metadata.jsonl "
     'like {"file_name": "one.wav", "text": "…"}'
 )
 _MOST_SECONDS = 3_600
@@ -165,7 +165,7 @@ def _header(stream: BinaryIO) -> dict[str, int]:
 
 def waveform(file: Path, rate: int) -> NDArray[np.float32]:
     """Read a WAV file as one channel at a sampling rate. Raises BadInput if it is damaged."""
-    import numpy as np  # what finds recordings runs before anything slow is imported
+    import numpy as np  # imported here, since recordings are found before anything slow is imported
     from scipy.io import wavfile
     from scipy.signal import resample_poly
 
@@ -176,7 +176,7 @@ def waveform(file: Path, rate: int) -> NDArray[np.float32]:
         raise BadInput(f"{file} cannot be read as sound ({error})", fix="repair or remove it") from error
     whole = np.issubdtype(samples.dtype, np.integer)
     limits: Any = np.iinfo(samples.dtype) if whole else None
-    middle = (limits.max + limits.min + 1) / 2 if whole else 0.0  # of one byte a sample, which has no sign
+    middle = (limits.max + limits.min + 1) / 2 if whole else 0.0  # not 0 for 8-bit samples, which are unsigned
     values = (samples.astype(np.float32) - middle) / (limits.max - middle if whole else 1.0)
     if values.ndim == 2:
         values = values.mean(axis=1)

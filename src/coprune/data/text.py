@@ -80,7 +80,7 @@ NOTHING = -1
 
 def padded(parts: Sequence[Tensor], nothing: int | bool) -> Tensor:
     """Stack samples of several parts. parts: N × S, each with its own S; nothing: the padding value."""
-    import torch  # here alone: text is looked at before it is imported, which takes seconds
+    import torch  # imported here, since text is checked before this slow import
 
     width = max(part.shape[1] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=nothing) for part in parts])

@@ -165,7 +165,7 @@ def evaluation_tokens(
     """Tokenise the evaluation part of a corpus, once, as one stream.
 
     name: as for calibration (see `coprune.data.corpora.evaluation_text`); seqlen: the window length it will be cut
-    to; limit_tokens: keep only the first so many tokens; held_out: of those that calibration leaves out.
+    to; limit_tokens: maximum number of tokens, from the first; held_out: read the part that calibration leaves out.
     For c4 at most 256 windows are kept, as in the papers.
     Raises BadInput if the corpus cannot be read or holds less than one window; TooShort if nothing is held out.
     """

@@ -46,7 +46,7 @@ class EmbeddingChange(BaseModel):
 def embedding_change(before: Embedded, after: Embedded) -> EmbeddingChange:
     """Compare two models' vectors passage by passage. Raises BadInput if the passages differ."""
     if (before.fingerprint, before.seqlen, before.passages) != (after.fingerprint, after.seqlen, after.passages):
-        raise BadInput(f"the models cut {after.data} into different passages, so their vectors do not compare")
+        raise BadInput(f"the models cut {after.data} into different passages, so their vectors cannot be compared")
     first, second = before.read(), after.read()
     count = min(NEAREST, len(first) - 1)
     # Vectors of different widths have no cosine, but their neighbours can be compared.

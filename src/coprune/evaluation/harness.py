@@ -176,7 +176,7 @@ def watched_model(
     # The token before an empty context, from the tokenizer or else the model's configuration.
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.get_text_config().eos_token_id)
     mark = next((mark[0] if isinstance(mark, list) else mark for mark in marks if mark is not None), None)
-    with _parted(model):
+    with _kept_untied(model):
         found = _watched_class()(
             # A copy, since the harness adds a padding token to a tokenizer without one.
             pretrained=model,
@@ -189,7 +189,7 @@ def watched_model(
 
 
 @contextmanager
-def _parted(model: PreTrainedModel) -> Iterator[None]:
+def _kept_untied(model: PreTrainedModel) -> Iterator[None]:
     """Keep the harness from retying weights that have been untied since the model was made."""
     model.__dict__["tie_weights"] = lambda *_, **__: None
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from coprune.base.environment import installed_version
 from coprune.base.errors import BadInput, about
 from coprune.base.progress import Reporter
-from coprune.base.words import Command
+from coprune.base.words import Command, LeaveOut
 from coprune.evaluation.answers.answer_facts import AnswerFacts, facts_of, judge
 from coprune.evaluation.answers.answer_generation import answers_key, ask, divergence, rows_along
 from coprune.evaluation.answers.answer_records import Along, Answers
@@ -36,6 +36,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.store.store import Key, Store, key_of
 
 _VERSIONS = ("torch", "transformers", "lm_eval")
+_WITH_TOKENIZER = "put the tokenizer's files next to the model"
 _VERSION = 3
 """Version of the measurements; raise it whenever one changes."""
 
@@ -73,7 +74,8 @@ class Subject:
         self._store = store
         plan = plan_of(recipe.evaluate.answers, saves=False)
         if plan is not None and self.task != "text":
-            raise BadInput(f"{self.name} {WHAT[self.task]}, and generates no text", field="generate")
+            cause = f"{self.name} {WHAT[self.task]}, and generates no text"
+            raise BadInput(cause, field="generate", fix=LeaveOut("generate"))
         self._answers = None
         if plan is not None:
             self._answers = MeasuredAnswers(recipe, plan, self.fingerprint, lambda: self.loaded, store, reporter)
@@ -234,7 +236,8 @@ class Subject:
         def run() -> ZeroShot:
             loaded = self.loaded
             if loaded.tokenizer is None:
-                raise BadInput(f"{self.name} has no tokenizer, which zero-shot tasks need", field="tasks")
+                cause = f"{self.name} has no tokenizer, which zero-shot tasks need"
+                raise BadInput(cause, field="tasks", fix=_WITH_TOKENIZER)
             return zero_shot(loaded.model, loaded.tokenizer, settings, tasks, self._reporter)
 
         # The batch size only affects rounding, so it is not part of the key.
@@ -324,7 +327,8 @@ class MeasuredAnswers:
     def _questions(self) -> Questions:
         loaded = self._loaded()
         if loaded.tokenizer is None:
-            raise BadInput(f"{loaded.source} has no tokenizer, which prompts need", field="generate")
+            cause = f"{loaded.source} has no tokenizer, which prompts need"
+            raise BadInput(cause, field="generate", fix=_WITH_TOKENIZER)
         return questions_for(self._plan, loaded.tokenizer, loaded.model)
 
     @cached_property

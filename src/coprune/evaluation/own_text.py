@@ -19,7 +19,7 @@ from coprune.base.words import Command, Set, Setting, Words
 from coprune.data.conversations import Document, Message, read_prompts, template_text
 from coprune.data.tokenizing import encode
 from coprune.model.blocks import find_blocks
-from coprune.model.generation import Generation, ends_of, filling, generate, positions_of
+from coprune.model.generation import Generation, ends_of, generate, padding_token, positions_of
 from coprune.model.loaded_model import Loaded
 from coprune.recipe.sources import Source
 from coprune.store.store import Store, key_of
@@ -108,7 +108,9 @@ def settings_for(loaded: Loaded, length: int, temperature: float, top_p: float, 
     assert tokenizer is not None
     end_ids = ends_of(tokenizer, model)
     together = _TOGETHER.on(loaded.device)
-    return Generation(length, temperature, top_p, seed, together, end_ids, filling(tokenizer.pad_token_id, end_ids))
+    return Generation(
+        length, temperature, top_p, seed, together, end_ids, padding_token(tokenizer.pad_token_id, end_ids)
+    )
 
 
 def prompt_ids(

@@ -135,7 +135,7 @@ class Budget:
             )
             raise BadInput(cause, field="budget", value=self.seconds / 60, fix=fix)
 
-    def carried(self, least: Mapping[str, int]) -> tuple[Task, ...]:
+    def affordable_tasks(self, least: Mapping[str, int]) -> tuple[Task, ...]:
         """Return the tasks with as many items as the budget allows, the first in their seeded order.
 
         Items used by an earlier call are kept. A few items are timed with the dense model.

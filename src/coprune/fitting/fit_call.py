@@ -19,13 +19,13 @@ from coprune.base.words import Command, LeaveOut, Set, say
 from coprune.data.keyword_arguments import FitArguments
 from coprune.fitting.budget import EXACT_DENSE
 from coprune.fitting.candidates import AS_GIVEN, EXACT, FOREIGN, Candidate
-from coprune.fitting.elsewhere import require_same_model
 from coprune.fitting.finding import Finding, Wish
 from coprune.fitting.fit_notes import Asked
 from coprune.fitting.fit_page import fit_card, fit_page
 from coprune.fitting.fit_recipe import RECIPE_FILE, TEXT_FILE, FitRecipe
 from coprune.fitting.fit_result import PAGE_FILE, Fitted, Row
 from coprune.fitting.fit_settings import FitSettings
+from coprune.fitting.foreign_files import require_same_model
 from coprune.fitting.in_transformers import InTransformers
 from coprune.fitting.looking import WORK_FOLDER, look_at_settings, require_own_folder
 from coprune.fitting.made_model import bytes_given, copy, digest_of
@@ -180,14 +180,14 @@ def _read(model: str | Path, task: Any, require: str | None, how: FitSettings) -
 
 def _require_same_model(asked: Asked) -> None:
     """Raise BadInput for a candidate file that is of another model, or is the model itself."""
-    if not asked.elsewhere:
+    if not asked.foreign:
         return
     model = locate(asked.like or asked.model).path
     texts = [task.items[place].asked for task in asked.tasks for place in task.unseen[:_TEXTS]]
-    require_same_model(asked.elsewhere.values(), model, texts)
-    if (same := next((one for one in asked.elsewhere if one.file == asked.digests["model"]), None)) is not None:
+    require_same_model(asked.foreign.values(), model, texts)
+    if (same := next((one for one in asked.foreign if one.file == asked.digests["model"]), None)) is not None:
         cause, fix = f"{same.name} is the model itself", LeaveOut("candidate")
-        raise BadInput(cause, field="candidate", value=str(asked.elsewhere[same]), fix=fix)
+        raise BadInput(cause, field="candidate", value=str(asked.foreign[same]), fix=fix)
 
 
 def _require_apart(target: Path, asked: Asked) -> None:
@@ -290,7 +290,7 @@ def _facts(search: Search, finding: Finding, found: Fitted, digest: str) -> dict
         "seed": asked.seed,
         "conditions": [condition.text for condition in search.wish.conditions],
         "tasks": [_counts(search, task, finding.chosen) for task in search.tasks],
-        "candidates": {one.name: one.file for one in asked.elsewhere},
+        "candidates": {one.name: one.file for one in asked.foreign},
         "chosen": asdict(finding.chosen),
         "bytes": found.bytes,
         "given bytes": found.given_bytes,
@@ -356,7 +356,7 @@ def _notes(search: Search, finding: Finding) -> list[str]:
     found += _beside(search, finding)
     if (fewer := finding.chosen.cut.fewer) is not None:
         facts = Report.read(search.workshop.making.run_of(fewer) / REPORT_FILE).vocabulary
-        found += [f"fewer tokens: {lost}"] if facts is not None and (lost := facts.loud()) else []
+        found += [f"fewer tokens: {lost}"] if facts is not None and (lost := facts.warning()) else []
     if finding.looks > 1:
         found.append(
             f"these unseen items have now given {finding.looks} verdicts, with other budgets or conditions: the 95 % confidence "
@@ -372,7 +372,7 @@ def _notes(search: Search, finding: Finding) -> list[str]:
 def _beside(search: Search, finding: Finding) -> list[str]:
     """Compare the given candidate files with the result."""
     found, size = [], search.workshop.known(finding.chosen).bytes
-    for one in search.workshop.asked.elsewhere:
+    for one in search.workshop.asked.foreign:
         known, (part, held) = search.workshop.known(one), _judged(search, finding, one)
         if known.refused:
             found.append(f"{one.name} could not be measured: {known.refused}")
@@ -421,7 +421,7 @@ def _rows(search: Search, finding: Finding) -> tuple[Row, ...]:
                 mean=held[0].margin[0] if held else None,
                 low=held[0].margin[1] if held else None,
                 high=held[0].bounds.high - held[0].least if held else None,
-                elsewhere=candidate.type == FOREIGN,
+                foreign=candidate.type == FOREIGN,
             )
         )
     return tuple(found)

@@ -16,8 +16,8 @@ from coprune.base.environment import installed_version
 from coprune.base.errors import about
 from coprune.evaluation.asked_texts import text_fingerprint
 from coprune.fitting.candidates import Candidate
-from coprune.fitting.elsewhere import candidates_in
 from coprune.fitting.fit_settings import Runtime
+from coprune.fitting.foreign_files import candidates_in
 from coprune.fitting.tasks import Task
 from coprune.fitting.writing import writing_of
 from coprune.model.checkpoint.digest import source_digest
@@ -62,7 +62,7 @@ class Asked:
     """Steps of the user's, as `name:setting=value`; only candidates that are made by one depend on it."""
 
     @cached_property
-    def elsewhere(self) -> dict[Candidate, Path]:
+    def foreign(self) -> dict[Candidate, Path]:
         """The given files as candidates, with their paths. Raises BadInput for damaged files."""
         return candidates_in(self.files)
 

@@ -60,7 +60,7 @@ def _picture(found: Fitted, target: str) -> Plot | None:
         low, mean, high = row.bounds
         at = row.cost / unit
         tip = f"{row.name}: {mean:+.4f} ({low:+.4f} to {high:+.4f}) at {at:.1f} {name}"
-        named = row.plain or row.elsewhere
+        named = row.plain or row.foreign
         points.append(Point(at, mean, row.series, tip, "chosen" if row.chosen else row.name if named else ""))
         lines.append(Line([(at, max(low, floor)), (at, min(high, ceiling))], "reach"))
     heights = [height for line in lines for _, height in line.places] + [0.0]

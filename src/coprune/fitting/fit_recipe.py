@@ -95,7 +95,7 @@ class FitRecipe(_Checked):
     def candidate(self) -> Candidate:
         """The candidate that it describes. Raises BadInput if that is a missing file."""
         if self.file is not None:
-            return next(iter(self.asked.elsewhere))
+            return next(iter(self.asked.foreign))
         cut = Cut(tuple(self.cut.removed), self.cut.tokens)
         return Candidate(cut, self.type, self.embedding, self.bits, tuple(self.types.items()))
 
@@ -110,7 +110,7 @@ class FitRecipe(_Checked):
     def of(cls, asked: Asked, chosen: Candidate, size: int, digest: str) -> Self:
         """Describe a candidate. size, digest: of its file."""
         cut = RecipeCut(removed=[*chosen.cut.removed], tokens=chosen.cut.tokens)
-        file = str(asked.elsewhere[chosen]) if chosen.type == FOREIGN else None
+        file = str(asked.foreign[chosen]) if chosen.type == FOREIGN else None
         return cls(
             model=asked.model,
             source=asked.digests["model"],

@@ -31,7 +31,7 @@ class Row:
     """Margin of the first condition; `low` and `high` are its bounds."""
     low: float | None = None
     high: float | None = None
-    elsewhere: bool = False
+    foreign: bool = False
     """Whether it is a given file."""
 
     @property

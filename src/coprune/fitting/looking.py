@@ -7,8 +7,8 @@ from pathlib import Path
 from coprune.base.errors import BadInput, about
 from coprune.base.files import require_usable
 from coprune.data.corpora import look_at_text
-from coprune.fitting.elsewhere import look_at_candidates
 from coprune.fitting.fit_settings import FitSettings
+from coprune.fitting.foreign_files import look_at_candidates
 from coprune.gguf_files.llama_cpp import require_llama_cpp, require_type
 from coprune.model.checkpoint.glance import look
 
@@ -18,7 +18,7 @@ WORK_FOLDER = ".fit"
 def look_at_settings(how: FitSettings) -> None:
     """Raise BadInput for a type, candidate, template or text that cannot be used."""
     if how.runtime == "llama.cpp":
-        require_llama_cpp("models are fitted to llama.cpp", "runtime", how.runtime)
+        require_llama_cpp("fit measures files in llama.cpp", "runtime", how.runtime)
         for name in how.types:
             require_type(name)
     look_at_candidates(how.candidate)

@@ -145,7 +145,7 @@ class Making:
         if candidate == AS_GIVEN:
             return self.source.path
         if candidate.type == FOREIGN:
-            return self.asked.elsewhere[candidate]
+            return self.asked.foreign[candidate]
         exact = self.exact(candidate.cut)
         if candidate.type == EXACT:
             return exact

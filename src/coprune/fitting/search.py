@@ -60,7 +60,7 @@ class Search:
         self.tried: dict[Candidate, Measured] = {}
         self._safety: dict[Candidate, float] = {}  # on the seen half
         self._kept: list[Candidate] = []  # passed on the seen half, the cheapest last
-        self._kept_elsewhere: list[Candidate] = []  # the same for the user's files, which are not cut further
+        self._kept_foreign: list[Candidate] = []  # the same for the user's files, which are not cut further
         self._lost: list[Candidate] = []  # failed on the seen half; anything reduced more is skipped
         self._vocabulary = len(workshop.making.tokenizer)
         self.budget = Budget(workshop, wish.budget, team.count)
@@ -72,7 +72,7 @@ class Search:
 
     def measure_dense(self) -> Measured:
         """Measure the dense model on both halves. Raises BadInput if it is no better than chance, or items are too few."""
-        self.tasks = self.budget.carried(self._least)
+        self.tasks = self.budget.affordable_tasks(self._least)
         every = {task.name: [*task.seen, *task.unseen] for task in self.tasks}
         found = self.workshop.measure(EXACT_DENSE, every)
         if found.refused:
@@ -135,7 +135,7 @@ class Search:
     @property
     def _all_kept(self) -> list[Candidate]:
         """All candidates that passed on the seen half, the user's files included, the cheapest last."""
-        return sorted([*self._kept, *self._kept_elsewhere], key=self.cost, reverse=True)
+        return sorted([*self._kept, *self._kept_foreign], key=self.cost, reverse=True)
 
     def _missing(self, known: Measured, wanted: Mapping[str, Sequence[int]]) -> list[int]:
         return [place for task in self._all for place in known.missing(task, wanted.get(task.name, ()))]
@@ -287,7 +287,7 @@ class Search:
     def run(self) -> Finding:
         """Search, then test the best on the unseen half. Raises BadInput if the budget is too short for one candidate."""
         self.measure_dense()
-        self._measure_elsewhere()
+        self._measure_foreign()
         self._climb()
         return self._or_as_given(self._proven())
 
@@ -296,7 +296,9 @@ class Search:
         if not is_file_of(self.workshop.making.source, self.workshop.asked.runtime):
             if finding.chosen == AS_GIVEN:
                 said = "; ".join(f"{one.name}: {found.refused}" for one, found in self.tried.items() if found.refused)
-                raise BadInput(f"nothing can be made of this model ({said})", field="types", value=self.wish.types)
+                raise BadInput(
+                    f"no candidate could be made of this model ({said})", field="types", value=self.wish.types
+                )
             return finding
         self.workshop.measure(AS_GIVEN, {})
         given = self.cost(AS_GIVEN)
@@ -304,9 +306,9 @@ class Search:
             return finding
         return replace(finding, chosen=AS_GIVEN, kept=False, plain=None)
 
-    def _measure_elsewhere(self) -> None:
+    def _measure_foreign(self) -> None:
         """Measure the user's files, ascending in size; the result of one says nothing about another."""
-        for candidate in sorted(self.workshop.asked.elsewhere, key=self.workshop.bytes_of):
+        for candidate in sorted(self.workshop.asked.foreign, key=self.workshop.bytes_of):
             said = self._tried_on(candidate, None, ()) if self._has_time(candidate) else "late"
             if said == "late":
                 self.untried.append(candidate)
@@ -314,7 +316,7 @@ class Search:
                 continue
             self._report(candidate, self.judged_so_far(candidate), "seen")
             if said == "kept":
-                self._kept_elsewhere.append(candidate)
+                self._kept_foreign.append(candidate)
 
     def _climb(self) -> None:
         """Search all pools and collect the candidates that pass on the seen half."""
@@ -463,11 +465,11 @@ class Search:
         types = [one.type for one in self._plain()]
         pool = [*self._kept, *(one for one in self._worth_proving() if one not in self.tried)]
         safe = {one: [self._safety[other] for other in self._kept if one.spares(other, types)] for one in pool}
-        safe |= {one: [self._safety[one]] for one in self._kept_elsewhere}
+        safe |= {one: [self._safety[one]] for one in self._kept_foreign}
         sizes = {one: self.workshop.known(one).bytes or self.workshop.bytes_of(one) for one in safe if safe[one]}
         found = sorted(sizes, key=lambda one: (-max(safe[one]), -sizes[one]))
         # Files that cannot win are tested last, so that their failure does not end the sequence before the others.
-        dear = [one for one in self._kept_elsewhere if self._kept and self.cost(one) >= self.cost(self._kept[-1])]
+        dear = [one for one in self._kept_foreign if self._kept and self.cost(one) >= self.cost(self._kept[-1])]
         return [*(one for one in found if one not in dear), *(one for one in found if one in dear)]
 
     def _looks(self, judged: list[str]) -> int:

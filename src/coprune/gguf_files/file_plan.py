@@ -87,7 +87,7 @@ def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter
     before quantisation.
     """
     if source.location == file:  # a GGUF file exported to another type is its own template
-        return source.lying(), EXACT
+        return source.all_tensors(), EXACT
     try:
         return whole_tensors(file), EXACT
     except BadInput:
@@ -98,7 +98,7 @@ def _reference(file: GgufFile, source: Exported, reader: Any, reporter: Reporter
             f"transformers cannot read this architecture's GGUF files, so its weights are matched with those of {folder.name}"
         )
         used = {stored.tensor_type.name.lower() for stored in reader.tensors}
-        return exported(folder).lying(), max(STORED_ERROR.get(kind, WORST_ERROR) for kind in used)
+        return exported(folder).all_tensors(), max(STORED_ERROR.get(kind, WORST_ERROR) for kind in used)
 
 
 def _require_embeddings(file: GgufFile, source: Exported, reader: Any) -> None:
@@ -201,7 +201,8 @@ def _require_all(
     placed = {name for one in used if (name := source.name(one)) is not None}
     extra = [name for name in source.tensors if name not in placed and not _is_double(name, placed, source)]
     if extra:
-        raise BadInput(f"{file.name} lacks {extra[0]}, which the model has", field="like")
+        fix = "name a GGUF file of the model that this one was made from"
+        raise BadInput(f"{file.name} lacks {extra[0]}, which the model has", field="like", fix=fix)
     for name, own in pieces.items():
         left = any(source.name(one) is not None for piece in own for one in piece.names)
         if left and any(len(piece.names) > 1 for piece in own):

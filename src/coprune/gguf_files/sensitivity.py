@@ -62,12 +62,12 @@ class _Squares:
         self.columns: Tensor | float = 0.0
         self.tokens = 0
 
-    def add(self, inputs: Tensor, slopes: Tensor) -> None:
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """Add tokens: their inputs, and the gradients of their outputs."""
         inputs = inputs.reshape(-1, inputs.shape[-1]).float().square()
-        slopes = slopes.reshape(-1, slopes.shape[-1]).float().square()
-        self.rows = self.rows + inputs.sum(1) @ slopes
-        self.columns = self.columns + slopes.sum(1) @ inputs
+        gradients = gradients.reshape(-1, gradients.shape[-1]).float().square()
+        self.rows = self.rows + inputs.sum(1) @ gradients
+        self.columns = self.columns + gradients.sum(1) @ inputs
         self.tokens += len(inputs)
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -205,8 +205,8 @@ def _read(
 
     with replaced_forwards(blocks, forward), suppress(Finished):
         forward_logits(model, batch)
-    slopes = torch.empty_like(ends[0])
-    for own, tokens, into in zip(ends[0].detach().split(1), batch.split(1), slopes.split(1), strict=True):
+    gradients = torch.empty_like(ends[0])
+    for own, tokens, into in zip(ends[0].detach().split(1), batch.split(1), gradients.split(1), strict=True):
         # One sample at a time, since logits over a large vocabulary take most of the memory.
         hidden = own.requires_grad_(True)
         logits = run_after_blocks(model, blocks, tokens, answers, hidden)[0].float()
@@ -214,7 +214,7 @@ def _read(
         nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
         assert hidden.grad is not None
         into.copy_(hidden.grad)
-    ends[0].backward(slopes)
+    ends[0].backward(gradients)
 
 
 class _Seen(torch.autograd.Function):
@@ -253,7 +253,7 @@ def _watching_table(squares: _Squares) -> Callable[[nn.Module, Any, Tensor], Ten
         scale = out.float().square().mean() / module.weight[given[0]].float().square().mean()
         out = out.detach().requires_grad_(True)
 
-        out.register_hook(lambda slopes: squares.add(scale.sqrt().expand(slopes[..., :1].shape), slopes))
+        out.register_hook(lambda gradients: squares.add(scale.sqrt().expand(gradients[..., :1].shape), gradients))
         return out
 
     return seen

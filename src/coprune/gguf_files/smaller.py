@@ -53,17 +53,18 @@ class Exported:
         # Some checkpoints omit the base model's prefix.
         near = [other for other in self.tensors if other.endswith(f".{name}") or name.endswith(f".{other}")]
         if len(near) != 1:
-            raise BadInput(f"the GGUF file has the tensor {name}, which the model lacks", field="like")
+            fix = "name a GGUF file of the model that this one was made from"
+            raise BadInput(f"the GGUF file has the tensor {name}, which the model lacks", field="like", fix=fix)
         return near[0]
 
     def tensor(self, name: str) -> Tensor:
         """Read one of the model's own tensors, float32."""
         own = self._spelled(name)
-        return self.narrow.cut(own, held(_lying(self.tensors[own])))
+        return self.narrow.cut(own, held(_deferred(self.tensors[own])))
 
-    def lying(self) -> dict[str, Tensor]:
+    def all_tensors(self) -> dict[str, Tensor]:
         """Return the model's own tensors in float32; most are read lazily."""
-        return {name: self.narrow.cut(name, _lying(stored)) for name, stored in self.tensors.items()}
+        return {name: self.narrow.cut(name, _deferred(stored)) for name, stored in self.tensors.items()}
 
     def shape(self, source: str) -> tuple[int, ...] | None:
         """Return the shape of a source tensor's remaining part."""
@@ -99,7 +100,7 @@ class Exported:
         return tensor
 
 
-def _lying(stored: Tensor | TensorEntry) -> Tensor:
+def _deferred(stored: Tensor | TensorEntry) -> Tensor:
     if not isinstance(stored, TensorEntry):
         return stored.float()
     found = deferred(stored)
@@ -128,7 +129,7 @@ def whole_tensors(location: Location) -> dict[str, Tensor]:
     """
     if isinstance(location, GgufFile):
         require_one_part(location)
-        return LazyGguf(location).lying()
+        return LazyGguf(location).tensors()
     model, _ = load_model(location, processed=False)
     return revert_conversion(model, saved_tensors(model))
 

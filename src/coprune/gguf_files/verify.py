@@ -62,6 +62,7 @@ def require_same_source(
         raise BadInput(
             f"{example.name} is of another model: no matrix has a cosine above {best:.2f} with the same one there",
             field="like",
+            fix="name a GGUF file of the model that this one was made from",
         )
 
 

@@ -255,6 +255,6 @@ def ends_among(*said: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(end for end in found if isinstance(end, int)))
 
 
-def filling(pad: Any, ends: Sequence[int]) -> int:
+def padding_token(pad: Any, ends: Sequence[int]) -> int:
     """Choose the padding token: the tokenizer's, else an end token, else the first token."""
     return pad if isinstance(pad, int) else next(iter(ends), 0)

@@ -82,8 +82,8 @@ class Matrix:
         """Return the weight as out × in, a view of the parameter."""
         return self._out_by_in(self.stored())
 
-    def slopes(self) -> Tensor:
-        """Return the parameter's current gradient as out × in, a view of it."""
+    def gradient(self) -> Tensor:
+        """Return the parameter's gradient as out × in, a view."""
         return self._out_by_in(self.part_of(getattr(self.owner, self.attribute).grad))
 
     def _out_by_in(self, stored: Tensor) -> Tensor:

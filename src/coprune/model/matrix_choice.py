@@ -260,6 +260,7 @@ def _refuse_tied_head(model: nn.Module, outside: Sequence[Matrix], selection: Se
                 f"{matrix.name} shares its weights with the embeddings, which pruning it would change too",
                 field="include",
                 value=selection.include,
+                fix=("name other matrices with ", Setting("include")),
             )
 
 

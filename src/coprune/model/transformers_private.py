@@ -201,10 +201,10 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
     # Tensors of a subclass (deferred ones) do not share memory with others.
-    lying = {name for name, tensor in state.items() if type(tensor) not in (Tensor, nn.Parameter)}
-    held = {name: tensor for name, tensor in state.items() if name not in lying}
+    deferred = {name for name, tensor in state.items() if type(tensor) not in (Tensor, nn.Parameter)}
+    held = {name: tensor for name, tensor in state.items() if name not in deferred}
     kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(held, model)
-    return {name: tensor for name, tensor in state.items() if name in lying or name in kept}
+    return {name: tensor for name, tensor in state.items() if name in deferred or name in kept}
 
 
 def initialize_again(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:

@@ -304,5 +304,5 @@ def _squared_errors(inputs: Inputs, weight: Tensor, after: Tensor) -> Tensor | N
     if inputs.sample.count == 0:
         return None
     statistic = inputs.statistic
-    known = inputs.sample if statistic is None or not statistic.tells_errors else statistic
+    known = inputs.sample if statistic is None or not statistic.computes_errors else statistic
     return known.squared_errors(weight, after)

@@ -74,7 +74,8 @@ def rotate_model(
     require_in_memory(model.weights, "rotate")
     reused = model.structure.reused
     folds = {
-        name: [fold for fold in found if _may_turn(fold, reused, target)] for name, found in known_folds(model).items()
+        name: [fold for fold in found if _may_rotate(fold, reused, target)]
+        for name, found in known_folds(model).items()
     }
     matrices = {matrix.name for found in folds.values() for fold in found for matrix in _matrices(fold)}
     rotated, known = Rotated(), dict[str, Statistic]()
@@ -83,7 +84,7 @@ def rotate_model(
         if not isinstance(event, BlockDone):
             known |= event.statistics()
             continue
-        holds = partial(_gives, recording, event)
+        holds = partial(_reproduces, recording, event)
         for fold in folds.get(event.block.name, []):
             names = [matrix.name for matrix in _matrices(fold)]
             if all(name in known for name in names):
@@ -96,7 +97,7 @@ def rotate_model(
     return rotated
 
 
-def _may_turn(fold: Fold, reused: Sequence[str], target: Target) -> bool:
+def _may_rotate(fold: Fold, reused: Sequence[str], target: Target) -> bool:
     """Return whether a fold consists of attention heads that may be rotated.
 
     A gate multiplies single channels, and rotation would fill the zeros of an earlier pruning. The few zeros from rounding
@@ -113,7 +114,7 @@ def _matrices(fold: Fold) -> list[Matrix]:
     return [*fold.consumers, *(producer for producers in fold.producers for producer in producers)]
 
 
-def _gives(recording: Recording, done: BlockDone) -> bool:
+def _reproduces(recording: Recording, done: BlockDone) -> bool:
     """Return whether a block reproduces its recorded outputs on the first batch, up to rounding."""
     return close(recording.run(done.block, 0, done.before[0]), done.after[0])
 

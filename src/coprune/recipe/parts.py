@@ -115,13 +115,13 @@ class Part(BaseModel):
         # Recipe files and Python calls bypass the shell that would expand `~`.
         return expand_home(value) if isinstance(value, Path) else value
 
-    def first_said(self) -> tuple[str, ...] | None:
+    def first_changed(self) -> tuple[str, ...] | None:
         """Return the path of the first field that differs from its default, or None."""
         unsaid = type(self)()
         name, value = next(((name, value) for name, value in self if value != getattr(unsaid, name)), (None, None))
         if name is None:
             return None
-        return (name, *(value.first_said() or ())) if isinstance(value, Part) else (name,)
+        return (name, *(value.first_changed() or ())) if isinstance(value, Part) else (name,)
 
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]

@@ -20,15 +20,15 @@ _REFIT: dict[str, Any] = {
 }
 # Rotate and permute first, which does not change the model's outputs, and allocate zeros where they cost least; each only
 # where it applies.
-_TURNED: dict[str, Any] = {"rotate": True, "permute": True, "allocation": "fisher"}
+_PREPARED: dict[str, Any] = {"rotate": True, "permute": True, "allocation": "fisher"}
 _BLOCK_BY_BLOCK: dict[str, Any] = {
-    **_TURNED,
+    **_PREPARED,
     "reconstruct_dtype": "bfloat16",
     "batch_size": 2,
 }
 _TRAINED: dict[str, Any] = {
     **_REFIT,
-    **_TURNED,
+    **_PREPARED,
     "finetune": "distill",
     "finetune_accumulate": 1,
     "finetune_rates": "relative",

@@ -25,7 +25,7 @@ from coprune.recipe.outcome import OutputPart
 from coprune.recipe.parts import Decides, Part, deciding, refuse_numbers
 from coprune.recipe.pattern import parse_pattern
 from coprune.recipe.presets import with_preset
-from coprune.recipe.structure import SPREADING, WHOLE_MODEL, RemovePart, cannot_score
+from coprune.recipe.structure import UNIT_ALLOCATION_NAMES, WHOLE_MODEL, RemovePart, cannot_score
 from coprune.recipe.train_part import cannot_train
 from coprune.recipe.tree import FIELDS, LEAVES, Tree
 
@@ -52,7 +52,7 @@ def contradiction(recipe: Tree) -> BadInput | None:
 
 def _unused(asked: Part, place: tuple[str, ...], wanted: Set, why: str) -> BadInput | None:
     """Return the error in a part that configures a step nobody asked for. wanted: the setting that asks for the step."""
-    said = asked.first_said()
+    said = asked.first_changed()
     if said is None:
         return None
     word = next(word for word, leaf in LEAVES.items() if leaf.path == (*place, *said))
@@ -154,12 +154,14 @@ def _of_allocation(recipe: Tree) -> BadInput | None:
     if asked in WHOLE_MODEL and recipe.model.stream:
         wrong = f"{WHOLE_MODEL[asked]}, which must be in memory"
         return BadInput(wrong, field="allocation", value=asked, fix=("leave out ", Set("stream", True)))
-    units, zeros = recipe.remove.spreads, not kinds or recipe.prune.asks_for_zeros
-    if asked == "uniform" or (units and asked in SPREADING) or zeros:
+    units, zeros = recipe.remove.removes_units, not kinds or recipe.prune.asks_for_zeros
+    if asked == "uniform" or (units and asked in UNIT_ALLOCATION_NAMES) or zeros:
         return None
     fix = ("take ", Set("allocation", "uniform"))
     if units:
-        cause = f"channels and heads are allocated by {', '.join(SPREADING)}, not by {recipe.prune.allocation}"
+        cause = (
+            f"channels and heads are allocated by {', '.join(UNIT_ALLOCATION_NAMES)}, not by {recipe.prune.allocation}"
+        )
     else:
         cause = f"allocation {recipe.prune.allocation} is for channels or heads, and none are removed"
     return BadInput(cause, field="allocation", value=str(recipe.prune.allocation), fix=fix)
@@ -354,7 +356,7 @@ class Recipe(Tree):
             changed = _with(changed, path, value)
         return changed
 
-    def untold(self) -> Recipe:
+    def as_stored(self) -> Recipe:
         """Return the recipe as a run stores it: without settings that notify others or overwrite files."""
         return self.replaced(report_to=None, push_to_hub=None, private=None, log_json=None, overwrite=None)
 
@@ -372,7 +374,7 @@ class Recipe(Tree):
         """The settings that decide weights and measurements, without destinations and notifications."""
         return self.deciding(Decides.WHOLE)
 
-    def gives_as(self, other: Recipe) -> bool:
+    def has_same_result(self, other: Recipe) -> bool:
         """Return whether another recipe gives the same weights and measurements."""
         return self.whole == other.whole
 

@@ -41,7 +41,7 @@ MIXES, REFIT_TOKENS, COMPARED_BY_KL, KL_ROWS = 4, 4096, 2048, 256
 
 WHOLE_MODEL = {"fisher": "gradients are of the whole model"}
 """Allocations that need the whole model in memory, and why."""
-SPREADING = ("uniform", "error")
+UNIT_ALLOCATION_NAMES = ("uniform", "error")
 """Allocations of removed channels and heads to the blocks."""
 
 
@@ -193,7 +193,7 @@ class RemovePart(Part):
     def scores(self) -> dict[Scored, Choice]:
         """The scores in use, by what they rank."""
         removed = self.kinds
-        kinds: list[Scored] = ["units"] if self.spreads else []
+        kinds: list[Scored] = ["units"] if self.removes_units else []
         kinds += ["blocks"] if "blocks" in removed else []
         kinds += ["experts"] if "experts" in removed else []
         kinds += ["rows"] if self.vocabulary is not None else []
@@ -205,7 +205,7 @@ class RemovePart(Part):
         return "blocks" in self.kinds and self.score_of("blocks").name == "map"
 
     @property
-    def spreads(self) -> bool:
+    def removes_units(self) -> bool:
         """Whether channels or heads are removed, whose number may differ between blocks."""
         return not {"channels", "heads"}.isdisjoint(self.kinds)
 

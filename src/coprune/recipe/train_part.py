@@ -171,7 +171,7 @@ def cannot_train(asked: TrainPart) -> BadInput | None:
 
 def _of_mode(asked: TrainPart) -> BadInput | None:
     """Return the error for a setting that this mode ignores."""
-    if not has_adapters(asked.mode) and (said := asked.adapters.first_said()) is not None:
+    if not has_adapters(asked.mode) and (said := asked.adapters.first_changed()) is not None:
         word = f"{asked.adapters.prefix}{said[-1]}"
         cause: Words = (Setting(word), " has no effect with ", Set("finetune", asked.mode))
         return BadInput(cause, field=word, value=getattr(asked.adapters, said[-1]), fix=LeaveOut(word))

@@ -115,7 +115,7 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
             "fine-tuning over FSDP is not supported",
             fix="use data parallel processes: torchrun, or accelerate without FSDP",
         )
-    recipe = make_recipe({"finetune": "lora"} | in_a_recipes_words(settings), _CALLED_IN_TRAINING)
+    recipe = make_recipe({"finetune": "lora"} | in_recipe_names(settings), _CALLED_IN_TRAINING)
     if has_teacher(recipe.train.mode) and recipe.train.teacher is None:
         needs = f"{recipe.train.mode} needs the dense model"
         raise BadInput(needs, field="teacher", fix=("name it with ", Named("teacher")))
@@ -130,7 +130,7 @@ def training_recipe(settings: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def in_a_recipes_words(settings: Mapping[str, Any]) -> dict[str, Any]:
+def in_recipe_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Translate settings of a training to a recipe's names. Raises BadInput for an unknown one."""
     found: dict[str, Any] = {}
     for name, value in settings.items():

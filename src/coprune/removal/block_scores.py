@@ -206,7 +206,7 @@ class Mapped:
         advance: Advance = lambda share: None,
         processes: Processes = ALONE,
     ) -> SpanErrors:
-        """Measure the maps of all spans of at most so many blocks. Arguments as in `choose`; counts: the most of each list."""
+        """Measure the maps of all spans. Arguments as in `choose`; counts: maximum number of blocks of a span, by list."""
         writers = find_writers(model)
         walk = MapWalk(model, writers, processes.own(first_batches(batches, self.tokens // 4)), processes)
         spans = [self._spans(model, writers, part, count) for part, count in enumerate(counts)]

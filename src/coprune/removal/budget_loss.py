@@ -161,7 +161,7 @@ class Candidates:
     @torch.no_grad()
     def cost(self, steps: Steps) -> float:
         """Return KL(dense ‖ after removing these steps), in nats per token."""
-        self._become(steps)
+        self._apply(steps)
         blocks = self.run.model.blocks
         first = min((at for at, taken in zip(self.forms.places, steps, strict=True) if taken), default=len(blocks))
         state = self.states[first].apart()
@@ -170,7 +170,7 @@ class Candidates:
         own = [self._divergence(batch, hidden) for batch, hidden in enumerate(state.hidden)]
         return sum(own) / sum(len(one) for one in self.dense)
 
-    def _become(self, steps: Steps) -> None:
+    def _apply(self, steps: Steps) -> None:
         """Apply a budget to the weights."""
         for part, (before, after) in enumerate(zip(self.now, steps, strict=True)):
             if before != after:

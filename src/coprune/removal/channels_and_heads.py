@@ -104,13 +104,13 @@ class Part:
         found = []
         for consumer, producers in zip(self.fold.consumers, self.fold.producers, strict=True):
             heard = [self.columns(units)[_any_number(consumer.read().T)]]
-            heard += [self.fold.layout.rows_of(units)[_speaks(producer)] for producer in producers]
-            heard += [units.repeat_interleave(rows)[_speaks(matrix)] for matrix, rows in self.beside]
+            heard += [self.fold.layout.rows_of(units)[_nonzero_outputs(producer)] for producer in producers]
+            heard += [units.repeat_interleave(rows)[_nonzero_outputs(matrix)] for matrix, rows in self.beside]
             found.append(torch.ones(self.count, dtype=torch.bool).index_fill(0, torch.cat(heard), False))
         return found
 
 
-def _speaks(matrix: Matrix) -> Tensor:
+def _nonzero_outputs(matrix: Matrix) -> Tensor:
     """Return which outputs of a matrix can be nonzero: bool."""
     bias = bias_of(matrix)
     speaks = _any_number(matrix.read())

@@ -139,7 +139,7 @@ class ListedCall:
 
     def _chosen(self, own: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return each token's experts, T × k int64, and their gates."""
-        base, told = (self._with(own, args, kwargs, answer) for answer in (_silence, _speak))
+        base, told = (self._with(own, args, kwargs, answer) for answer in (_silence, _mark))
         gates = (told - base)[:, : len(self.experts)].float()
         rounding = _NOTHING if base.dtype.itemsize >= 4 else _NOTHING_OF_HALVES
         used = gates.abs() > rounding * gates.abs().max()
@@ -171,7 +171,7 @@ def _silence(number: int, forward: Forward, hidden: Tensor) -> Tensor:
     return torch.zeros_like(hidden)
 
 
-def _speak(number: int, forward: Forward, hidden: Tensor) -> Tensor:
+def _mark(number: int, forward: Forward, hidden: Tensor) -> Tensor:
     """Return one in the channel with the expert's number."""
     out = torch.zeros_like(hidden)
     out[..., number] = 1

@@ -320,7 +320,7 @@ class ExpertScores(BaseModel):
             for name, blocks in self.sums.items()
         }
 
-    def tells_of(self, block: str, mixture: HasExperts) -> bool:
+    def covers(self, block: str, mixture: HasExperts) -> bool:
         """Return whether every domain has scores of all experts of the mixture."""
         found = [own.get(block) for own in self.sums.values()]
         return bool(found) and all(
@@ -361,10 +361,13 @@ def known_scores(run: Run, model: str, data: dict[str, str], mixtures: Mapping[s
         kept = ExpertScores.read(asked.kept_scores)
         if kept.model != model:
             raise BadInput(
-                f"{asked.kept_scores} holds scores of another model", field="domains", value=asked.kept_scores
+                f"{asked.kept_scores} holds scores of another model",
+                field="domains",
+                value=asked.kept_scores,
+                fix="name the texts of the domains, or the scores of a run on this model",
             )
         if (
-            lacking := next((block for block, one in mixtures.items() if not kept.tells_of(block, one)), None)
+            lacking := next((block for block, one in mixtures.items() if not kept.covers(block, one)), None)
         ) is not None:
             raise BadInput(
                 f"{asked.kept_scores} holds no scores of the experts in {lacking}",

@@ -359,15 +359,15 @@ class ByError:
         require_not_negative(tokens=self.tokens)
 
 
-SPREADINGS: dict[str, Uniform | ByError] = {"uniform": Uniform(), "error": ByError()}
+UNIT_ALLOCATIONS: dict[str, Uniform | ByError] = {"uniform": Uniform(), "error": ByError()}
 """Allocations of units to blocks, by name."""
 
 
-def spreading_named(asked: Choice) -> Uniform | ByError:
+def unit_allocation_named(asked: Choice) -> Uniform | ByError:
     """Return an allocation of units; one that only applies to zeros counts as uniform. Raises BadInput for an unknown option."""
-    if asked.name not in SPREADINGS:
-        return SPREADINGS["uniform"]
-    return with_options(SPREADINGS[asked.name], "allocation", asked.name, asked.options)
+    if asked.name not in UNIT_ALLOCATIONS:
+        return UNIT_ALLOCATIONS["uniform"]
+    return with_options(UNIT_ALLOCATIONS[asked.name], "allocation", asked.name, asked.options)
 
 
 def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:

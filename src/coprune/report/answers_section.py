@@ -79,8 +79,8 @@ def answers_section(facts: AnswerFacts, required: Sequence[Requirement], who: st
     samples = [
         Quotes(
             [
-                *_answer(facts.reference, sample.dense, _ill(bool(sample.dense_loops), sample.dense_empty)),
-                *_answer(who, sample.answer, _ill(sample.loops, sample.empty)),
+                *_answer(facts.reference, sample.dense, _faults(bool(sample.dense_loops), sample.dense_empty)),
+                *_answer(who, sample.answer, _faults(sample.loops, sample.empty)),
             ],
             asked=sample.prompt,
         )
@@ -92,7 +92,7 @@ def answers_section(facts: AnswerFacts, required: Sequence[Requirement], who: st
     return Section("What it writes", parts, note(facts))
 
 
-def _ill(loops: bool, empty: bool) -> str:
+def _faults(loops: bool, empty: bool) -> str:
     """Return the faults of an answer, appended to its model's name."""
     return ", loops" * loops + ", empty" * empty
 

@@ -68,7 +68,7 @@ def model_card(report: Report, size: int | None = None) -> str:
     size: bytes of the saved weights, if known.
     """
     base, origin = base_of(report.model.source), origin_of(report.recipe.model.name, report.recipe.model.cache_dir)
-    known, recipe = base if hub_id(base) else origin.base_model, report.recipe.untold()
+    known, recipe = base if hub_id(base) else origin.base_model, report.recipe.as_stored()
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": _PIPELINES[report.model.task],

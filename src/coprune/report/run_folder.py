@@ -51,7 +51,7 @@ def _which(recipe: Recipe) -> str:
         report = Report.read(recipe.run_folder / REPORT_FILE)
     except BadInput:
         return "a finished run"
-    run = "a finished run" if report.recipe.gives_as(recipe) else "another run"
+    run = "a finished run" if report.recipe.has_same_result(recipe) else "another run"
     return run if has_source(report, recipe) else f"{run} on other weights"
 
 
@@ -75,7 +75,7 @@ def announced(recipe: Recipe) -> Report | None:
 
 def is_of(report: Report, recipe: Recipe) -> bool:
     """Return whether a report is of this recipe and of the model that its name points to now."""
-    return report.recipe.gives_as(recipe) and has_source(report, recipe)
+    return report.recipe.has_same_result(recipe) and has_source(report, recipe)
 
 
 def has_source(report: Report, recipe: Recipe) -> bool:

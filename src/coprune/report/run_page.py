@@ -160,7 +160,7 @@ def _recipe(report: Report) -> Section:
         if report.recipe.given
         else "Save it as recipe.yaml; coprune prune --recipe recipe.yaml repeats the run."
     )
-    return Section("Recipe", [Copyable("recipe", report.recipe.untold().to_yaml())], note)
+    return Section("Recipe", [Copyable("recipe", report.recipe.as_stored().to_yaml())], note)
 
 
 def accuracy_card(found: AccuracyFacts) -> Card:

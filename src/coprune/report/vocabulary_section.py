@@ -12,20 +12,20 @@ _HEAD = ("text", "bytes", "tokens per byte", "change", "bits per byte", "change"
 
 def vocabulary_section(facts: VocabularyFacts) -> Section:
     """Return tokens and bits per byte before and after, with the rest of the facts."""
-    loud = facts.loud()
-    warn = [] if loud is None else [Paragraph(loud, "warn")]
+    warning = facts.warning()
+    warn = [] if warning is None else [Paragraph(warning, "warn")]
     return Section("Vocabulary", [*warn, _table(facts), *map(Paragraph, _others(facts))])
 
 
 def vocabulary_markdown(facts: VocabularyFacts) -> str:
     """Return the section as Markdown."""
     template = "report/templates/vocabulary.md.j2"
-    return render(template, loud=facts.loud(), table=_table(facts), others=_others(facts))
+    return render(template, warning=facts.warning(), table=_table(facts), others=_others(facts))
 
 
 def _others(facts: VocabularyFacts) -> list[str]:
     """Return the facts that are neither in the table nor in the warning."""
-    told = {facts.loud(), *(one.line() for one in facts.texts)}
+    told = {facts.warning(), *(one.line() for one in facts.texts)}
     return [line for line in facts.lines() if line not in told]
 
 

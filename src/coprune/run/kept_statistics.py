@@ -212,4 +212,4 @@ class KeptStatistics:
 
 def _needs_rows(statistic: Statistic | type[Statistic] | None) -> bool:
     """Return whether layer errors need sampled inputs; some statistics suffice without."""
-    return statistic is None or not statistic.tells_errors
+    return statistic is None or not statistic.computes_errors

@@ -354,7 +354,7 @@ class Bound:
         return max(sizes)
 
     def _some(self, tokens: int) -> float:
-        """Return the number of tokens of the first batches with at least so many."""
+        """Return the number of tokens in the first batches that hold at least `tokens`."""
         return min(-(-tokens // self._batch) * self._batch, self._text.samples * self._text.mean) if self._batch else 0
 
     def _trained(self, length: int) -> int:

@@ -240,7 +240,7 @@ class Output:
                 found, rounding = found | stored, rounding + own
         return found, rounding
 
-    def write_passed(self) -> None:
+    def write_skipped(self) -> None:
         """Write the blocks that a forward skips, unless an earlier run did."""
         for block in self._passed:
             if block.name not in self.outcomes:

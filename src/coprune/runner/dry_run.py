@@ -1,4 +1,4 @@
-"""A preview of a run: its steps, its memory, time and bytes, and what already lies in its folders."""
+"""A preview of a run: its steps, its memory, time and bytes, and what its folders already hold."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DryRun(Shown):
     seconds: float | None
     size: SavedSize
     there: tuple[tuple[str, str], ...]
-    """Each output path with what already lies there."""
+    """Each output path with its present content."""
     refused: str | None
     """The error with which the run would be refused, if any."""
 

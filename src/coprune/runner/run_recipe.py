@@ -28,7 +28,7 @@ from coprune.run.context import NOTHING, Given, Run
 from coprune.run.result import Result
 from coprune.run.reuse import Reuse
 from coprune.runner.plan import Planned, plan_of, steps_of
-from coprune.runner.runner import go
+from coprune.runner.runner import execute
 from coprune.store.store import Store
 
 
@@ -100,7 +100,7 @@ def _run(run: Run, plan: Sequence[Planned], closing: ExitStack) -> Result:
     replaces = bool(recipe.output.overwrite)
     anew = replaces and run.processes.from_first((recipe.run_folder / REPORT_FILE).is_file)
     steps = [planned.step.of(planned.recipe, planned.folder, run, several) for planned in plan]
-    records, left = go(steps, run.reporter, run.processes, partial(_taking, run), anew, replaces)
+    records, left = execute(steps, run.reporter, run.processes, partial(_taking, run), anew, replaces)
     if not several:
         assert left.held is not None
         return left.held
@@ -126,7 +126,7 @@ def _taking(run: Run) -> Iterator[None]:
         output_of(recipe).replace_earlier()
     yield
     if run.write:
-        write_text(recipe.run_folder / RECIPE_FILE, recipe.untold().to_yaml())
+        write_text(recipe.run_folder / RECIPE_FILE, recipe.as_stored().to_yaml())
 
 
 def _push(run: Run, report: Report) -> None:

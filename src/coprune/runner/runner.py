@@ -21,7 +21,7 @@ from coprune.store.place import Identity, Place, said
 _SOURCES = "sources"
 
 
-def go(
+def execute(
     steps: Sequence[Step],
     reporter: Reporter,
     processes: Processes = ALONE,
@@ -65,7 +65,7 @@ def go(
 def make(steps: Iterable[NamedStep], source: Left, reporter: Reporter) -> Left:
     """Make a model from a source by steps; if several processes want a step, one does it and the others wait.
 
-    Raises as `go`.
+    Raises as `execute`.
     """
     for step in steps:
         step.check()

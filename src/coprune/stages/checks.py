@@ -25,7 +25,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.recipe.structure import RemovePart
 from coprune.removal.block_scores import block_score_named
 from coprune.removal.expert_scores import expert_score_named
-from coprune.removal.unit_scores import score_named, spreading_named
+from coprune.removal.unit_scores import score_named, unit_allocation_named
 
 LARGE_GROUP = 64
 """Group size above which a method is tried on one group."""
@@ -70,8 +70,8 @@ def _check_names(recipe: Recipe) -> None:
     score_named(recipe.remove.score_of("units"))
     block_score_named(recipe.remove.score_of("blocks"))
     expert_score_named(recipe.remove.score_of("experts"))
-    if recipe.remove.spreads or not recipe.cuts_and_prunes:  # otherwise the allocation is for the zeros
-        spreading_named(recipe.prune.allocation)
+    if recipe.remove.removes_units or not recipe.cuts_and_prunes:  # otherwise the allocation is for the zeros
+        unit_allocation_named(recipe.prune.allocation)
 
 
 def _method_of(asked: Choice) -> Method:
@@ -155,8 +155,8 @@ def check_allocation(recipe: Recipe, model: FoundModel, target: Target) -> None:
         return
     allocation = allocation_named(recipe.prune.allocation)
     # Limits can be checked without measurements, but experts are only known once the model runs.
-    if not allocation.looks or all(matrix.expert is None for matrix in model.chosen.all()):
-        allocation.allocate(units_of(model.chosen, model.names, shared=not allocation.looks), {}, target)
+    if not allocation.measures or all(matrix.expert is None for matrix in model.chosen.all()):
+        allocation.allocate(units_of(model.chosen, model.names, shared=not allocation.measures), {}, target)
 
 
 def needs_inputs(recipe: Recipe, solver: Solver) -> bool:

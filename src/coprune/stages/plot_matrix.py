@@ -8,6 +8,7 @@ from typing import Any
 from coprune.base.errors import BadInput
 from coprune.base.files import require_file, write_bytes
 from coprune.base.progress import Reporter
+from coprune.base.words import Setting
 from coprune.evaluation.tasks import task_for
 from coprune.model.blocks import find_blocks
 from coprune.model.loaded_model import open_model
@@ -74,7 +75,8 @@ def matrix_distributions(recipe: Recipe, name: str, reporter: Reporter) -> Distr
                 weight = event.matrices[0].read()
                 keep = solver.solve(weight, event.inputs, target).weight != 0
                 return distributions_of(weight, keep, event.inputs.statistic.root_mean_square)
-    raise BadInput(f"no calibration token reached {name}, so there is nothing to plot", field="plot", value=name)
+    cause = f"no calibration token reached {name}, so there is nothing to plot"
+    raise BadInput(cause, field="plot", value=name, fix=("use more samples with ", Setting("nsamples")))
 
 
 def plot_spec(name: str, found: Distributions) -> dict[str, Any]:

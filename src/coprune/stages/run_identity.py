@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coprune.recipe.parts import Decides
 from coprune.recipe.recipe import Recipe
-from coprune.removal.unit_scores import ByError, spreading_named
+from coprune.removal.unit_scores import ByError, unit_allocation_named
 from coprune.store.place import Identity
 
 
@@ -24,7 +24,7 @@ def weighs_blocks(recipe: Recipe) -> bool:
     """Return whether blocks are weighted by a measure that differs between streamed models and models in memory."""
     if not recipe.remove.parts:
         return False  # for zeros, options of the same name mean something else
-    by = spreading_named(recipe.prune.allocation)
+    by = unit_allocation_named(recipe.prune.allocation)
     return isinstance(by, ByError) and by.tokens > 0
 
 

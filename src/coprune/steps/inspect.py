@@ -124,7 +124,7 @@ def _open(recipe: Recipe, reporter: Reporter) -> Loaded:
     allocation = allocation_named(recipe.prune.allocation)
     if (loaded := open_without_weights(recipe.model)) is None:
         return open_model(recipe.model, stream=recipe.prune.allocation.name not in WHOLE_MODEL)
-    if allocation.looks:
+    if allocation.measures:
         raise BadInput(
             f"allocation {recipe.prune.allocation} needs weights, and {loaded.source} is only a configuration",
             field="allocation",
@@ -159,7 +159,7 @@ def _plan(recipe: Recipe, loaded: Loaded, model: FoundModel, target: Target, rep
         assert samples is not None
         model = proven = prove_replay(model, task.inputs.probe(samples, {}))
         recording = record_counted(proven, first_counted(counted_batches(task, recipe, samples), allocation.first))
-    with reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR as advance:
+    with reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.measures else NO_BAR as advance:
         return plan_targets(allocation, model, recording, target, advance=advance)
 
 

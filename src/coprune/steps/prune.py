@@ -130,7 +130,7 @@ def prune_blocks(run: Run) -> Outcome:
             advance,
         )
         with output.settled(), memory_within(lambda: walk.at):
-            output.write_passed()
+            output.write_skipped()
             results = _prune(run, walk, target_of, rounded)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     trainings = output.trainings
@@ -210,7 +210,7 @@ def _look_at_dense(run: Run) -> Callable[[Matrix], Target]:
     allocation, inputs = allocation_named(recipe.prune.allocation), None
     if allocation.statistic is not None:
         inputs = _record_few(run, allocation.first) if allocation.first else record_calibration(run)
-    bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.looks else NO_BAR
+    bar = reporter.bar("Allocating sparsity", len(model.blocks)) if allocation.measures else NO_BAR
     with bar as advance:
         targets = plan_targets(allocation, model, inputs, run.target, processes, advance)
     targets = processes.from_first(lambda: targets)

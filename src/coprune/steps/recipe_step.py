@@ -30,7 +30,7 @@ from coprune.recipe.recipe import Recipe
 from coprune.recipe.sources import split_sources
 from coprune.recipe.train_part import TrainPart
 from coprune.recipe.vocabulary_cut import shares_of
-from coprune.removal.unit_scores import SPREADINGS
+from coprune.removal.unit_scores import UNIT_ALLOCATIONS
 from coprune.report.run_folder import RECIPE_FILE, REPORT_FILE, announced, finish_run_folder
 from coprune.report.schema import Report
 from coprune.run.context import Given, Run
@@ -142,7 +142,7 @@ class StepOfRecipe(Step):
             with taking():
                 yield
                 if run.write:  # for a run of one step, that of the run
-                    write_text(run.recipe.run_folder / RECIPE_FILE, run.recipe.untold().to_yaml())
+                    write_text(run.recipe.run_folder / RECIPE_FILE, run.recipe.as_stored().to_yaml())
 
         run.taking = taken if self.is_one_of_several else taking
         return self.do(run)
@@ -178,7 +178,7 @@ def without_training(recipe: Recipe) -> Recipe:
 
 def allocates_units(recipe: Recipe) -> bool:
     """Return whether a recipe allocates channels and heads to blocks, rather than zeros to matrices."""
-    return recipe.remove.spreads and recipe.prune.allocation.name in SPREADINGS
+    return recipe.remove.removes_units and recipe.prune.allocation.name in UNIT_ALLOCATIONS
 
 
 def _files_read(recipe: Recipe) -> str:

@@ -46,7 +46,7 @@ from coprune.removal.unit_scores import (
     remove_units,
     score_named,
     some_tokens,
-    spreading_named,
+    unit_allocation_named,
     unit_costs,
 )
 from coprune.report.runtimes import refusals
@@ -145,7 +145,7 @@ def remove_parts(run: Run, found: Removable) -> Outcome:
             advance,
         )
         with output.settled(), memory_within(lambda: walk.at):
-            output.write_passed()
+            output.write_skipped()
             results = _remove(run, walk, plan, experts, maps)
     earlier = [result for outcome in finished.values() for result in outcome.results]
     seconds = time.perf_counter() - started
@@ -175,7 +175,7 @@ def _planned(run: Run, found: Removable) -> tuple[Plan, Configure]:
         even, configure = _even(run, found, settled.get("even"))
     chosen = {} if mix is None else {"shares": mix.shares}
     run.output.keep_settled({"even": settled_in(even), **chosen})
-    plan = spread_units(run, even)
+    plan = allocate_units(run, even)
     if plan is not even:
         configure = rehearse(run, plan)
     plan = choose_shared(run, plan)
@@ -340,9 +340,9 @@ def choose_shared(run: Run, plan: Plan) -> Plan:
     return replace(plan, chosen={name: numbers.tolist() for name, numbers in kept.items()})
 
 
-def spread_units(run: Run, plan: Plan) -> Plan:
+def allocate_units(run: Run, plan: Plan) -> Plan:
     """Allocate different numbers of units to blocks, with a rehearsed plan's total, if the recipe asks for it."""
-    asked = spreading_named(run.recipe.prune.allocation)
+    asked = unit_allocation_named(run.recipe.prune.allocation)
     if isinstance(asked, Uniform):
         return plan
     if not any(plan.parts.values()):

@@ -89,7 +89,7 @@ def saved_size(recipe: Recipe, location: Location, loaded: Loaded, blocks: Seque
     if left is None:
         return SavedSize(before, None)
     of_blocks, alike = left
-    spread = asked.spreads and recipe.prune.allocation.name != "uniform"
+    spread = asked.removes_units and recipe.prune.allocation.name != "uniform"
     after = round(start - (gone + of_blocks) * item)
     return SavedSize(before, after, is_exact=exact and alike and not spread, at_most=at_most)
 

@@ -74,9 +74,9 @@ class _Trained:
         self.factors.grad = None
         if self.weight.grad is None:
             return
-        slopes = self.weight.grad[self.part.rows].view_as(self.terms[0])
+        gradients = self.weight.grad[self.part.rows].view_as(self.terms[0])
         self.factors.grad = torch.stack(
-            [(slopes * term).sum(dim=2, keepdim=True, dtype=torch.float32) for term in self.terms]
+            [(gradients * term).sum(dim=2, keepdim=True, dtype=torch.float32) for term in self.terms]
         )
 
     def write(self, file: Path) -> None:

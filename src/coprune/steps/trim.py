@@ -226,8 +226,8 @@ def _chosen(run: Run, source: Source) -> _Choice:
     cutting.refuse_useless(kept)
     facts = cutting.facts(kept, found)
     choice = _Choice(key=key, old=kept.old, facts=facts, model=_model_facts(source, str(asked.device)))
-    if (loud := choice.facts.loud()) is not None:
-        run.reporter.say(loud)
+    if (warning := choice.facts.warning()) is not None:
+        run.reporter.say(warning)
     if keep is not None:
         write_note(keep / _CHOICE, choice)
     return choice

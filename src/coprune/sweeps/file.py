@@ -42,15 +42,15 @@ class Sweep(BaseModel):
     settings: Annotated[dict[str, Any], Field(description="Recipe fields, each a value or a list of values.")]
     zip: Annotated[
         tuple[tuple[str, ...], ...],
-        Field(description="Groups of fields whose lists go in step instead of multiplying."),
+        Field(description="Groups of fields whose lists advance together instead of multiplying."),
     ] = ()
     include: Annotated[
         tuple[dict[str, Any], ...],
-        Field(description="More runs: what an entry does not name is as above, lists and all."),
+        Field(description="More runs; fields that an entry does not name keep their values and lists."),
     ] = ()
     exclude: Annotated[
         tuple[dict[str, Any], ...],
-        Field(description="Runs to leave out: those that have all of an entry's values (a list: any of them)."),
+        Field(description="Runs to leave out: those with all of an entry's values, or one of each list."),
     ] = ()
     folders: Annotated[
         str | None, Field(description="Where a run goes within the sweep's folder, such as '{pattern}/{method}'.")
@@ -58,7 +58,9 @@ class Sweep(BaseModel):
 
     steps: Annotated[
         tuple[dict[str, dict[str, Any]], ...],
-        Field(description="Registered steps that first make each run's model, with their settings, lists and all."),
+        Field(
+            description="Registered steps that first make each run's model, with their settings, which may be lists."
+        ),
     ] = ()
 
     @field_validator("steps", mode="before")

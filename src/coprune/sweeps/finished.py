@@ -35,7 +35,7 @@ def finished_report(recipe: Recipe) -> Report | None:
         report = Report.model_validate_json(file.read_text(encoding="utf-8"))
     except ValueError:
         raise BadInput(f"{file} cannot be read as a report", fix=f"remove {folder} to repeat that run") from None
-    if not report.recipe.gives_as(recipe):
+    if not report.recipe.has_same_result(recipe):
         before, now = report.recipe.whole, recipe.whole
         differing = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
         raise BadInput(

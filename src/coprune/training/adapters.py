@@ -124,7 +124,7 @@ def load_adapter(model: PreTrainedModel, masks: Masks, folder: Path) -> PeftMode
             f"the adapter in {folder} was trained on other masks than those of this model",
             field="adapter",
             value=folder,
-            fix="give the pruned model that it was trained on",
+            fix=_ITS_MODEL,
         )
     known = LoraConfig(**settings) if made_for is None else MaskedLoraConfig(**settings, coprune_masks=made_for)
     with _without_deprecations():
@@ -256,16 +256,18 @@ _REFUSED = (
     *("layer_replication", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "target_parameters"),
     *("trainable_token_indices", "alora_invocation_tokens", "use_qalora", "lora_bias"),
 )
+_ITS_MODEL = "give the pruned model that it was trained on"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json. Raises BadInput if it is missing, damaged, or not LoRA's."""
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise BadInput(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}")
+        fix = "name the folder of an adapter, such as adapter/ in the folder of a training"
+        raise BadInput(f"{folder} holds no adapter: there is no {ADAPTER_CONFIG}", fix=fix)
     config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
-        raise BadInput(f"{folder} holds an adapter that is not LoRA")
+        raise BadInput(f"{folder} holds an adapter that is not LoRA", fix="merge it with PEFT's merge_and_unload()")
     return config
 
 
@@ -335,7 +337,8 @@ def _check_factor(
     layer, factor = name[1], name[2]
     module = modules.get(layer)
     if not isinstance(module, nn.Linear | Conv1D):
-        raise BadInput(f"the adapter in {folder} is of another model: this one has no layer {layer!r}")
+        cause = f"the adapter in {folder} is of another model: this one has no layer {layer!r}"
+        raise BadInput(cause, fix=_ITS_MODEL)
     outputs, inputs = module.weight.shape[::-1] if transposed else module.weight.shape
     if entry.dtype not in DTYPES or not DTYPES[entry.dtype].is_floating_point:
         raise BadInput(f"the adapter in {folder} holds {name[0]} in {entry.dtype}, which is not a floating-point dtype")
@@ -343,5 +346,6 @@ def _check_factor(
     if entry.shape != wanted:
         raise BadInput(
             f"the adapter in {folder} is of another model: its tensor of "
-            f"{' × '.join(map(str, entry.shape)) or 'one number'} does not fit {layer}, which is {outputs} × {inputs} here"
+            f"{' × '.join(map(str, entry.shape)) or 'one number'} does not fit {layer}, which is {outputs} × {inputs} here",
+            fix=_ITS_MODEL,
         )

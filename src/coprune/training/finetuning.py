@@ -122,7 +122,7 @@ def in_precision_of_the_device(settings: Recipe) -> Recipe:
 
 def _run(settings: Recipe, reporter: Reporter, first: bool, limit: TimeLimit) -> FinetuneReport:
     began = time.monotonic()
-    joined = dist.is_initialized()  # then the caller goes on using the process group
+    joined = dist.is_initialized()  # then the caller keeps using the process group
     session = prepare_session(settings, reporter, limit, training_device(settings.model.device))
     if first and settings.output.overwrite:
         output_of(settings).replace_earlier()

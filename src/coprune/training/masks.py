@@ -226,7 +226,8 @@ def leave_alone(model: nn.Module, blocks: Sequence[Block], globs: tuple[str, ...
         found = {id(m.owner.get_parameter(m.attribute)) for m in find_matrices(model) if selection.against(m.name)}
         found |= {id(parameter) for name, parameter in model.named_parameters() if _matches(name, glob)}
         if not found:
-            raise BadInput(f"the pattern {glob!r} matches no parameter", field="exclude", value=glob)
+            fix = f"names look like {next(name for name, _ in model.named_parameters())!r}"
+            raise BadInput(f"the pattern {glob!r} matches no parameter", field="exclude", value=glob, fix=fix)
         alone |= found
     for block in blocks:
         own = {id(matrix.owner.get_parameter(matrix.attribute)) for matrix in find_matrices(block.module, block.name)}

@@ -53,7 +53,7 @@ def finish_run_folder(report: FinetuneReport) -> None:
     output.finish(write_beside)
 
 
-def gives_as(report: FinetuneReport, settings: Recipe) -> bool:
+def is_same_training(report: FinetuneReport, settings: Recipe) -> bool:
     """Return whether a report is of the same training: equal settings for results and measurements, and equal folder."""
     what = Decides.RESULT | Decides.MEASUREMENT
     same = _deciding(report.settings, what) == _deciding(settings, what)
@@ -69,7 +69,7 @@ def finish_announced(settings: Recipe) -> FinetuneReport | None:
         report = read_as(FinetuneReport, output_of(settings).announced)
     except BadInput:
         return None
-    if not gives_as(report, settings) or not holds_model(settings.trained_folder):
+    if not is_same_training(report, settings) or not holds_model(settings.trained_folder):
         return None
     location = locate(settings.model.name, settings.model.cache_dir)
     pruned, _ = load_model(location)

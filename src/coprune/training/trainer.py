@@ -120,10 +120,10 @@ class ZeroKeepingTrainer(Trainer):
             unwrapped.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, **layout)
 
 
-def train(trainer: ZeroKeepingTrainer, going_on: Path | None) -> None:
-    """Train to the end. going_on: the state to resume from, if any."""
-    with suppress(AtItsEnd):  # its state is loaded by then
-        trainer.train(resume_from_checkpoint=None if going_on is None else str(going_on))
+def train(trainer: ZeroKeepingTrainer, state: Path | None) -> None:
+    """Train to the end. state: the state to resume from, if any."""
+    with suppress(AlreadyFinished):  # its state is loaded by then
+        trainer.train(resume_from_checkpoint=None if state is None else str(state))
 
 
 def build_trainer(
@@ -273,7 +273,7 @@ def rate_at(done: float) -> float:
     return max(0.1, done / _WARMUP) if done < _WARMUP else (1 - done) / (1 - _WARMUP)
 
 
-class AtItsEnd(Exception):
+class AlreadyFinished(Exception):
     """The resumed training had already finished."""
 
 
@@ -291,14 +291,14 @@ class Along(TrainerCallback):
     ) -> None:
         """Restore the clock, the progress bar and the count of measurements of an earlier run.
 
-        Raises AtItsEnd if all steps were done, since the Trainer would take one more.
+        Raises AlreadyFinished if all steps were done, since the Trainer would take one more.
         """
         self._pace.start(max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0))
         self._pace.update(state.global_step, state.max_steps)
         self._measured, self._saved = self._due(), self._pace.agreed
         self._show(self._pace.done)
         if state.global_step and self._pace.done >= 1:
-            raise AtItsEnd
+            raise AlreadyFinished
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -264,7 +264,7 @@ def _folder_of(package: str) -> Path:
 
 
 def count(tokenizer: Tokenizer, source: Source, rows: int, advance: Any = lambda amount: None) -> Weights:
-    """Count the tokens of a source: a share of 1 over all tokens."""
+    """Return each token's share of a source's tokens, `rows` float64 that add up to 1."""
     found = np.zeros(rows)
     for start in range(0, len(source.pieces), _BATCH):
         some = source.pieces[start : start + _BATCH]

@@ -103,7 +103,7 @@ class VocabularyFacts(BaseModel):
         """Texts that lose more than a tenth, largest first, among those that the full vocabulary covered."""
         return sorted((one for one in self.texts if one.covered and one.rise > LOUD), key=lambda one: -one.rise)
 
-    def loud(self) -> str | None:
+    def warning(self) -> str | None:
         """Return the warning; None if no text loses much."""
         if not self.lost:
             return None
@@ -136,5 +136,5 @@ class VocabularyFacts(BaseModel):
             found.append(
                 f"DOES NOT PAY: {self.texts[0].rise:+.1%} for {self.saved:.1%} of the bytes; fewer bits a weight cost less"
             )
-        loud = self.loud()
-        return [*found, *([loud] if loud else [])]
+        warning = self.warning()
+        return [*found, *([warning] if warning else [])]

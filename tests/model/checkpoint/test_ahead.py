@@ -96,7 +96,7 @@ def test_an_expected_block_is_prefetched_and_used_once_complete(
 ) -> None:
     weights, (first, second, *_) = opened(folder)
     early = tensors(weights, first)
-    weights.expect(second)
+    weights.prefetch(second)
     fetched = tensors(weights, second)
     count = len(fetched)
     assert sorted(channel.log) == ["arrived"] * count + ["sent"] * count, "once each, and the first block as ever"
@@ -112,11 +112,11 @@ def test_an_expected_block_is_prefetched_and_used_once_complete(
 def test_unused_prefetched_blocks_are_discarded(folder: Path, channel: StandIn) -> None:
     weights, (first, second, third) = opened(folder)
     wanted = tensors(weights, second)
-    weights.expect(first)
-    weights.expect(third)
+    weights.prefetch(first)
+    weights.prefetch(third)
     assert same(tensors(weights, second), wanted)
     assert "arrived" not in channel.log
-    weights.expect(second)
+    weights.prefetch(second)
     weights.read_from(next(iter(weights._entries.values())).file)  # a file written meanwhile is read from the disk
     assert same(tensors(weights, second), wanted)
 
@@ -125,7 +125,7 @@ def test_a_full_device_is_retried_once(folder: Path, channel: StandIn) -> None:
     weights, (first, *_) = opened(folder)
     wanted = tensors(weights, first)
     channel.full = True
-    weights.expect(first)
+    weights.prefetch(first)
     assert same(tensors(weights, first), wanted)
     assert "sent" in channel.log
     assert "arrived" not in channel.log
@@ -140,7 +140,7 @@ def test_a_block_is_prefetched_only_with_ample_device_memory(
     for available, fetched in ((8 * size - 1, False), (None, False), (8 * size, True)):
         there = DeviceMemory("cuda:0", allocated=0, peak=0, available=available)
         monkeypatch.setattr(lazy, "device_memory", lambda device, there=there: there)
-        weights.expect(first)
+        weights.prefetch(first)
         assert same(tensors(weights, first), wanted)
         assert bool(channel.log) is fetched
     monkeypatch.setattr(lazy, "device_memory", lambda device: None)

@@ -87,15 +87,15 @@ def both_ways(tensors: list[Tensor]) -> dict[str, Tensor]:
 def test_splitting_and_fusing_experts_reads_nothing(
     gates: tuple[list[Tensor], list[Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lying, values = gates
+    found, values = gates
     with monkeypatch.context() as patched:
         patched.setattr(module, "read_tensor", refuse_to_read)
-        moved = both_ways(lying)
+        moved = both_ways(found)
     for name, expected in both_ways(values).items():
         assert isinstance(moved[name], Deferred), name
         assert torch.equal(held(moved[name]), expected), name
     assert torch.equal(moved["row"] @ torch.ones(IN), both_ways(values)["row"] @ torch.ones(IN))
-    entry = lying[3].place.entry  # type: ignore[attr-defined]
+    entry = found[3].place.entry  # type: ignore[attr-defined]
     assert untouched(moved["one"], entry)
     assert not untouched(moved["up"], entry)
 

@@ -84,7 +84,7 @@ def test_only_the_expected_block_is_read_ahead(tmp_path: Path, monkeypatch: pyte
     lazy, blocks = open_lazy(tmp_path)
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, start, count, advice: asked.append((start, count)))
-    lazy.expect(blocks[1])
+    lazy.prefetch(blocks[1])
     names = {name for name in tensors_of(tmp_path) if name.startswith(blocks[1] + ".")}
     assert sorted(asked) == sorted((e.start, e.nbytes) for e in (lazy._entries[name] for name in names))
     assert all(parameter.is_meta for parameter in lazy.model.parameters())

@@ -37,20 +37,20 @@ def test_a_path_that_does_not_exist_names_the_nearest(folder: Path) -> None:
         locate(folder.parent / "nowhere" / "model")
 
 
-def test_a_slip_in_a_relative_path_is_not_taken_for_a_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_typo_in_a_relative_path_is_not_taken_for_a_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent.parent)
     with pytest.raises(BadInput, match="did you mean"):
         locate(f"{folder.parent.name}/modle")
 
 
 @pytest.mark.usefixtures("offline")
-def test_the_hub_out_of_reach(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="Hub is out of reach"):
         locate("nobody/no-such-model", cache_dir=tmp_path)
 
 
 @pytest.mark.usefixtures("offline")
-def test_timm_s_own_names_need_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timms_own_names_need_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "timm" else find(name, *more))
     with pytest.raises(BadInput, match=r"Hub is out of reach.* install timm: pip install 'coprune\[images\]'"):
@@ -80,7 +80,7 @@ def test_a_shard_that_is_cut_off_is_named(folder: Path, keep: int) -> None:
         locate(folder)
 
 
-def test_a_shard_with_bytes_too_many_is_named(folder: Path) -> None:
+def test_a_shard_with_too_many_bytes_is_named(folder: Path) -> None:
     shard = max(folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes() + b"x")
     with pytest.raises(BadInput, match=f"{shard.name} has"):
@@ -101,7 +101,7 @@ def test_missing_shards_are_named(folder: Path) -> None:
         locate(folder)
 
 
-def test_an_index_that_promises_a_tensor_too_many(folder: Path) -> None:
+def test_an_index_with_a_missing_tensor_is_refused(folder: Path) -> None:
     index = json.loads((folder / INDEX_FILE).read_text())
     index["weight_map"]["model.extra"] = min(index["weight_map"].values())
     (folder / INDEX_FILE).write_text(json.dumps(index))
@@ -110,13 +110,13 @@ def test_an_index_that_promises_a_tensor_too_many(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": {}}'])
-def test_a_malformed_index(folder: Path, text: str) -> None:
+def test_a_malformed_index_is_refused(folder: Path, text: str) -> None:
     (folder / INDEX_FILE).write_text(text)
     with pytest.raises(BadInput, match=INDEX_FILE):
         locate(folder)
 
 
-def test_a_malformed_configuration(folder: Path) -> None:
+def test_a_malformed_configuration_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(BadInput, match=r"config\.json is not valid JSON"):
         locate(folder)

@@ -16,12 +16,19 @@ from coprune.model.walk.model_structure import ProvenModel
 from coprune.pruning.allocation import allocation_named
 from coprune.pruning.allocation.allocation import unit_name
 from coprune.pruning.allocation.allocation_plan import plan_targets
-from coprune.pruning.allocation.fisher import ByFisher, drawn_slopes, goes_at, lost_by_slopes, squared_changes, watch
+from coprune.pruning.allocation.fisher import (
+    ByFisher,
+    first_removed_at,
+    losses_by_gradients,
+    sampled_gradients,
+    squared_changes,
+    watch,
+)
 from coprune.recipe.pattern import NM, Target, Unstructured
+from support.gradients import gradients_of_each
 from support.pico import pico_model, pico_tokens
 from support.pico_folder import save_pico, write_words
 from support.pico_images import pico_classifier, pico_pixels
-from support.slopes import slopes_of_each
 from support.walking import make_walk, prove
 
 SAMPLES = [(tokens, None) for tokens in pico_tokens(6, 16).split(1)]
@@ -50,21 +57,21 @@ def squares_of(model: PreTrainedModel, chosen: Chosen) -> dict[str, Tensor]:
 
 def lost(model: ProvenModel, allocation: ByFisher, squares: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:
     watched = watch(allocation, model.chosen, squares, TARGET)
-    return lost_by_slopes(model, watched, **{"samples": SAMPLES, **how})
+    return losses_by_gradients(model, watched, **{"samples": SAMPLES, **how})
 
 
 def test_labels_are_drawn_from_each_rows_distribution() -> None:
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).repeat_interleave(4000, dim=0)
-    slopes = drawn_slopes(logits, seed=1)
+    gradients = sampled_gradients(logits, seed=1)
     p = logits.softmax(dim=-1)
-    drawn = p - slopes
+    drawn = p - gradients
     assert torch.equal(drawn.round(), (drawn > 0.5).float())
     assert drawn.sum(dim=1) == pytest.approx(torch.ones(len(p)))
     shares = drawn.view(5, 4000, 7).mean(dim=1)
     assert shares == pytest.approx(p[::4000], abs=0.03)
-    assert torch.equal(slopes, drawn_slopes(logits, seed=1))
-    assert not torch.equal(slopes, drawn_slopes(logits, seed=2))
-    assert drawn_slopes(logits[:70].bfloat16(), seed=1).dtype == torch.bfloat16
+    assert torch.equal(gradients, sampled_gradients(logits, seed=1))
+    assert not torch.equal(gradients, sampled_gradients(logits, seed=2))
+    assert sampled_gradients(logits[:70].bfloat16(), seed=1).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -72,13 +79,13 @@ def test_labels_are_drawn_from_each_rows_distribution() -> None:
 )
 def test_changes_are_those_of_wandas_masks(grid: list[Target]) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows, slopes = torch.randn(2, 9, 12, generator=generator)
+    rows, gradients = torch.randn(2, 9, 12, generator=generator)
     squares = torch.rand(12, generator=generator)
-    goes = goes_at(rows, squares, grid)
-    found = squared_changes(rows, slopes, goes, len(grid))
+    removed_at = first_removed_at(rows, squares, grid)
+    found = squared_changes(rows, gradients, removed_at, len(grid))
     for target, own in zip(grid, found, strict=True):
         taken = rows.masked_fill(target.keep(rows.abs() * squares.sqrt(), "row"), 0)
-        assert float(own) == pytest.approx(float((taken * slopes).sum(dim=1).square().sum()), rel=1e-5)
+        assert float(own) == pytest.approx(float((taken * gradients).sum(dim=1).square().sum()), rel=1e-5)
     assert found[0] > 0
 
 
@@ -89,13 +96,13 @@ def test_losses_are_half_the_squared_gradients_of_the_removed_weights(family: st
     squares = squares_of(model, proven.chosen)
     found = lost(proven, ALL_ROWS, squares)
     expected = {name: torch.zeros(3, dtype=torch.float64) for name in squares}
-    for _ in slopes_of_each(model, (tokens for tokens, _ in SAMPLES)):
+    for _ in gradients_of_each(model, (tokens for tokens, _ in SAMPLES)):
         for matrix in proven.chosen.all():
-            weight, slopes = matrix.read(), matrix.slopes()
+            weight, gradients = matrix.read(), matrix.gradient()
             score = weight.abs() * squares[matrix.name].sqrt().float()
             for at, target in enumerate(ALL_ROWS.grid(TARGET)):
                 taken = weight.masked_fill(target.keep(score, "row"), 0)
-                expected[matrix.name][at] += (taken * slopes).sum(dim=1).double().square().sum() / 2
+                expected[matrix.name][at] += (taken * gradients).sum(dim=1).double().square().sum() / 2
     assert found.keys() == expected.keys()
     for name, own in found.items():
         assert own == pytest.approx(expected[name], rel=1e-3)
@@ -113,7 +120,9 @@ def test_a_loss_is_the_divergence_to_second_order() -> None:
     matrix.write(weight)
     tokens = SAMPLES[0][0][:, :8]
     samples = [(tokens, None)] * 200
-    found = lost_by_slopes(proven, watch(ALL_ROWS, only(proven, name), {name: squares}, TARGET), samples)[name] / 200
+    found = (
+        losses_by_gradients(proven, watch(ALL_ROWS, only(proven, name), {name: squares}, TARGET), samples)[name] / 200
+    )
     dense = model(input_ids=tokens).logits.log_softmax(dim=-1)
     for at, own in enumerate(ALL_ROWS.grid(TARGET)):
         keep = own.keep(weight.abs() * squares.sqrt().float(), "row")

@@ -17,8 +17,8 @@ from coprune.pruning.methods import METHODS
 from coprune.pruning.methods.base import prune_by_outputs
 from coprune.pruning.methods.sparsegpt import inverse_factor_of
 from coprune.recipe.pattern import NM, Target, Unstructured
+from support.gradients import gradients_of_each
 from support.pico import pico_model, pico_tokens
-from support.slopes import slopes_of_each
 from support.walking import make_walk
 
 TARGET = Target(Unstructured(), 0.6)
@@ -38,9 +38,9 @@ def test_outputs_are_weighted_by_their_squared_gradients(family: str, said: str,
     walk = make_walk(model, tokens.split(2))
     targets = plan_targets(allocation_named(f"fisher{said}"), walk.model, walk.recording, TARGET)
     expected: dict[str, torch.Tensor] = {}
-    for _ in slopes_of_each(model, tokens.split(1)):
+    for _ in gradients_of_each(model, tokens.split(1)):
         for matrix in walk.model.chosen.all():
-            squares = matrix.slopes().double().square().sum(dim=1)
+            squares = matrix.gradient().double().square().sum(dim=1)
             expected[matrix.name] = expected.get(matrix.name, torch.zeros_like(squares)) + squares
     assert targets.keys() == expected.keys()
     for name, target in targets.items():

@@ -1,6 +1,6 @@
 """The table of kernels by operation and device, and the choice from it.
 
-All kernels of an operation have the same signature and give the same results up to rounding; the operation's file says
+All kernels of an operation have the same signature and give the same results up to rounding; the operation's file
 describes them. A new kernel is a function there and a line here.
 """
 

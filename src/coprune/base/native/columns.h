@@ -1,7 +1,7 @@
-// SparseGPT's walk over one block of columns (arXiv 2301.00774): a pruned weight's error goes into the columns after it.
+// SparseGPT's update of one block of columns (arXiv 2301.00774): a pruned weight's error is compensated in later columns.
 //
-// Outputs do not touch each other, so a tile of them stays in the first cache while its columns are walked through. Vectors
-// are the compiler's own, so that one source serves every instruction set.
+// Outputs are independent, so a tile of them stays in the L1 cache for all columns. The compiler's vector extensions let one
+// source serve every instruction set.
 #pragma once
 #include <stdlib.h>
 
@@ -16,13 +16,13 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 struct Tile {
     Floats* columns;  // size × VECTORS each
     Floats* errors;
-    Floats* falls;  // 1 where a weight falls, else 0
+    Floats* pruned;  // 1 where a weight is pruned, else 0
     Floats* scores;
     Ints* ranks;
 };
 
 // columns[j] −= Σ errors[k] · U[k][j] over first ≤ k < last, in two chains for each vector. unit: U[·][j], contiguous.
-inline void bring_up_to_date(const Tile& tile, int64_t j, const float* unit, int64_t first, int64_t last) {
+inline void apply_errors(const Tile& tile, int64_t j, const float* unit, int64_t first, int64_t last) {
     Floats sums[2][VECTORS] = {};
     int64_t k = first;
     for (; k + 2 <= last; k += 2)
@@ -33,7 +33,7 @@ inline void bring_up_to_date(const Tile& tile, int64_t j, const float* unit, int
     for (int v = 0; v < VECTORS; v++) tile.columns[j * VECTORS + v] -= sums[0][v] + sums[1][v];
 }
 
-// Of every group keep the n of m largest W² / U_jj²; of equals the lower index falls first.
+// Keep the n weights of m with the largest W² / U_jj²; of equal ones the lower index is pruned first.
 inline void choose(const Tile& tile, int64_t first, const ColumnBlock* block) {
     const int64_t m = block->m;
     for (int64_t i = 0; i < m; i++) {
@@ -52,26 +52,26 @@ inline void choose(const Tile& tile, int64_t first, const ColumnBlock* block) {
             }
         }
     }
-    const int32_t fallen = (int32_t)(m - block->n);
+    const int32_t count = (int32_t)(m - block->n);
     for (int64_t i = 0; i < m; i++)
         for (int v = 0; v < VECTORS; v++) {
-            const Ints falls = tile.ranks[i * VECTORS + v] < fallen;
-            tile.falls[(first + i) * VECTORS + v] = falls ? Floats{} + 1 : Floats{};
+            const Ints pruned = tile.ranks[i * VECTORS + v] < count;
+            tile.pruned[(first + i) * VECTORS + v] = pruned ? Floats{} + 1 : Floats{};
         }
 }
 
-// What column j leaves to later ones: the weights that fall.
-inline void leave_errors(const Tile& tile, int64_t j) {
-    for (int64_t at = j * VECTORS; at < (j + 1) * VECTORS; at++) tile.errors[at] = tile.columns[at] * tile.falls[at];
+// The errors of column j are its pruned weights.
+inline void set_errors(const Tile& tile, int64_t j) {
+    for (int64_t at = j * VECTORS; at < (j + 1) * VECTORS; at++) tile.errors[at] = tile.columns[at] * tile.pruned[at];
 }
 
 inline void load(const Tile& tile, const ColumnBlock* block, int64_t first, int64_t count) {
     for (int64_t j = 0; j < block->size; j++) {
         float* columns = (float*)(tile.columns + j * VECTORS);
-        float* falls = (float*)(tile.falls + j * VECTORS);
+        float* pruned = (float*)(tile.pruned + j * VECTORS);
         for (int64_t r = 0; r < TILE; r++) columns[r] = r < count ? block->columns[j * block->outputs + first + r] : 0;
         if (!block->m)
-            for (int64_t r = 0; r < TILE; r++) falls[r] = r < count ? !block->keep[j * block->outputs + first + r] : 0;
+            for (int64_t r = 0; r < TILE; r++) pruned[r] = r < count ? !block->keep[j * block->outputs + first + r] : 0;
     }
 }
 
@@ -80,16 +80,16 @@ inline void store(const Tile& tile, const ColumnBlock* block, int64_t first, int
         const int64_t at = j * block->outputs + first;
         const float* columns = (const float*)(tile.columns + j * VECTORS);
         const float* errors = (const float*)(tile.errors + j * VECTORS);
-        const float* falls = (const float*)(tile.falls + j * VECTORS);
+        const float* pruned = (const float*)(tile.pruned + j * VECTORS);
         for (int64_t r = 0; r < count; r++) {
-            block->columns[at + r] = falls[r] != 0 ? 0 : columns[r];
+            block->columns[at + r] = pruned[r] != 0 ? 0 : columns[r];
             block->errors[at + r] = errors[r];
-            block->keep[at + r] = falls[r] == 0;
+            block->keep[at + r] = pruned[r] == 0;
         }
     }
 }
 
-// Walk through the columns for outputs first … last − 1. unit: U transposed, size × size. Returns whether memory sufficed.
+// Update the columns for outputs first … last − 1. unit: U transposed, size × size. Returns false if memory runs out.
 inline bool update_columns(const ColumnBlock* block, const float* unit, int64_t first, int64_t last) {
     const int64_t size = block->size, group = block->m ? block->m : 1;
     Floats* memory = nullptr;
@@ -105,11 +105,11 @@ inline bool update_columns(const ColumnBlock* block, const float* unit, int64_t 
         load(tile, block, output, count);
         for (int64_t start = 0; start < size; start += group) {
             const int64_t end = start + group < size ? start + group : size;
-            for (int64_t j = start; j < end; j++) bring_up_to_date(tile, j, unit + j * size, 0, start);
+            for (int64_t j = start; j < end; j++) apply_errors(tile, j, unit + j * size, 0, start);
             if (block->m) choose(tile, start, block);
             for (int64_t j = start; j < end; j++) {
-                bring_up_to_date(tile, j, unit + j * size, start, j);
-                leave_errors(tile, j);
+                apply_errors(tile, j, unit + j * size, start, j);
+                set_errors(tile, j);
             }
         }
         store(tile, block, output, count);

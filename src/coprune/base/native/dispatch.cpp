@@ -1,4 +1,4 @@
-// The C interface that Python calls: chooses the instruction set once, and shares the work among threads.
+// The C interface for Python: chooses the instruction set once, and divides the work among threads.
 //
 // Threads come from the OpenMP runtime that PyTorch has already started: Python passes the address of its
 // GOMP_parallel, so there is no second pool that would compete for the cores.
@@ -40,7 +40,7 @@ SolvingKernels solving = chosen();
 typedef void (*Parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 Parallel parallel = nullptr;
 
-// Work on pieces 0 … count − 1, which threads take one after another, from the last to the first.
+// Pieces 0 … count − 1 of work; idle threads take the next one, from the last to the first.
 struct Pieces {
     void (*work)(Pieces* pieces, int64_t piece);
     int64_t left;
@@ -62,7 +62,7 @@ void share_pieces(Pieces* pieces, int64_t count, int threads) {
     else take_pieces(pieces);
 }
 
-constexpr int64_t OUTPUTS = 64;  // of one piece of a block of columns; a multiple of what is walked through together
+constexpr int64_t OUTPUTS = 64;  // outputs per piece of a block of columns; a multiple of TILE
 
 struct ColumnPieces : Pieces {
     const ColumnBlock* block;
@@ -103,10 +103,10 @@ int coprune_set_level(int wanted) {
 
 void coprune_set_parallel(void* gomp_parallel) { parallel = (Parallel)gomp_parallel; }
 
-// Returns 0, or 1 where memory does not suffice.
+// Returns 0, or 1 if memory runs out.
 int coprune_update_columns(const ColumnBlock* block, int threads) {
     const int64_t size = block->size;
-    // Transposed, since the walk takes U column by column.
+    // Transposed, since U is read column by column.
     float* unit = (float*)malloc(size * size * sizeof(float));
     if (!unit) return 1;
     for (int64_t k = 0; k < size; k++)
@@ -117,7 +117,7 @@ int coprune_update_columns(const ColumnBlock* block, int threads) {
     return pieces.failed;
 }
 
-// How many words of scratch coprune_gram needs; 0 where the processor has no products of bfloat16.
+// Returns the words of scratch that coprune_gram needs; 0 if the processor cannot multiply bfloat16.
 int64_t coprune_gram_scratch(int64_t tokens, int64_t width) {
     return solving.gram_multiply ? (width + GRAM_BLOCK - 1) / GRAM_BLOCK * GRAM_BLOCK * ((tokens + 1) / 2) : 0;
 }

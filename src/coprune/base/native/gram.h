@@ -1,9 +1,8 @@
 // XᵀX of bfloat16 inputs with vdpbf16ps: the products are exact, the sums are float32 (subnormals count as zero).
 //
-// The instruction multiplies pairs, here of two tokens that follow each other, so that x is first rearranged: for every block of
-// 64 columns, pair after pair, 64 words that hold a column's two tokens. Six rows of the Gram matrix by 64 columns then
-// stay in registers while all pairs pass by. The sums start from zero, so that those of a batch are not added to
-// much larger ones one by one.
+// The instruction multiplies pairs, here of consecutive tokens, so x is rearranged first: for every block of 64 columns and
+// every pair of tokens, 64 words with a column's two values. Then 6 × 64 entries of the Gram matrix stay in registers for all
+// pairs. A batch is summed from zero before it is added to the larger totals, for precision.
 #pragma once
 #include <immintrin.h>
 

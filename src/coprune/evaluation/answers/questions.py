@@ -19,7 +19,7 @@ from coprune.data.local_text import split_column
 from coprune.data.tokenizing import encode
 from coprune.evaluation.answers.answer_facts import Asked
 from coprune.evaluation.answers.answer_records import LEAST_TOKENS
-from coprune.model.generation import ends_of, filling, positions_of
+from coprune.model.generation import ends_of, padding_token, positions_of
 from coprune.recipe.answers import ALONG, AnswersPart
 
 BUILTIN = "builtin"
@@ -176,7 +176,7 @@ def questions_for(plan: Plan, tokenizer: PreTrainedTokenizerBase, model: PreTrai
     )
     new_tokens = _room(plan, [len(one) for one in ids], positions_of(model))
     ends = ends_of(tokenizer, model)
-    return Questions(plan, ids, new_tokens, chat, ends, filling(tokenizer.pad_token_id, ends))
+    return Questions(plan, ids, new_tokens, chat, ends, padding_token(tokenizer.pad_token_id, ends))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, place: int) -> list[int]:
@@ -190,7 +190,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, place: 
     else:
         ids = list(encode(tokenizer, prompt)["input_ids"])
     if not ids:
-        raise BadInput(f"prompt {place} has no tokens in the model's tokenizer", field="generate", value=prompt)
+        cause = f"prompt {place} has no tokens in the model's tokenizer"
+        raise BadInput(cause, field="generate", value=prompt, fix="leave it out")
     return ids
 
 

@@ -32,8 +32,8 @@ _LATER = ("save the model and run: ", Command("evaluate", "FOLDER", Set("generat
 class Look:
     """The answers of a run's models.
 
-    plan: the prompts; None for no answers; dense: the dense model in files, whose answers are stored; reference: the model that
-    they are compared with otherwise.
+    plan: the prompts; None for no answers; dense: files of the dense model, whose answers are stored; reference: which model
+    the result is compared with.
     """
 
     def __init__(self, plan: Plan | None, dense: ModelPart | None = None, reference: Reference = "dense") -> None:

@@ -48,7 +48,7 @@ class ImageInputs:
             raise BadInput(cause, field="tasks", value=recipe.evaluate.tasks.names)
         if recipe.calibrate.calibrate_on == "generated":
             raise BadInput(
-                "no model wrote images", field="calibrate_on", value="generated", fix=LeaveOut("calibrate_on")
+                "images have no generated tokens", field="calibrate_on", value="generated", fix=LeaveOut("calibrate_on")
             )
 
     def named(self, names: str | None) -> str:

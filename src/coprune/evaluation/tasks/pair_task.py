@@ -13,6 +13,7 @@ from torch import Tensor
 from coprune.base.errors import BadInput, about
 from coprune.base.processes import ALONE, Processes
 from coprune.base.progress import Advance, Reporter
+from coprune.base.words import Set
 from coprune.data.pairs import (
     EvaluationPairs,
     Pairs,
@@ -77,7 +78,7 @@ class PairInputs:
         rows = self._rows()
         if len(rows) < nsamples:
             cause = f"{self._named} has {len(rows)} pairs to calibrate on, fewer than {nsamples}"
-            raise BadInput(cause, field="nsamples")
+            raise BadInput(cause, field="nsamples", fix=("use at most ", Set("nsamples", len(rows))))
         return self._tokenised(rows[:nsamples], self._named)
 
     def _rows(self) -> list[tuple[str, str]]:

@@ -54,7 +54,7 @@ class SpeechInputs:
             with self._loaded.whole(Reporter(quiet=True)):
                 own = self.transcripts(features)
             said = [heard if words is None else words for words, heard in zip(said, own, strict=True)]
-            how = " (and what the dense model hears in them)"
+            how = " (and the dense model's transcripts)"
         limits: dict[str, Any] = {"truncation": True, "max_length": self.text.seqlen}
         tokens = [begun(self._tokens(words, **limits), self._pairs.start) for words in said]
         pairs = Pairs.of(features, padded(tokens, NOTHING))
@@ -99,7 +99,7 @@ class SpeechInputs:
         extractor = getattr(self._loaded.processor, "feature_extractor", None)
         if extractor is None:
             raise BadInput(
-                "a model that hears needs its processor, with what makes features of sound",
+                "a speech model needs its processor, with a feature extractor",
                 field="processor",
                 fix=("give it with ", Setting("processor")),
             )

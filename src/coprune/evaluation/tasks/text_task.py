@@ -75,9 +75,12 @@ class TextInputs:
         if whole:
             what = f"{loaded.source} {WHAT[loaded.task]}"
             if recipe.evaluate.runs_tasks:
-                raise BadInput(f"{what}, and zero-shot tasks are for models that write", field="tasks")
+                raise BadInput(f"{what}, and zero-shot tasks are for models that generate text", field="tasks")
             if any(source.is_own for source in split_sources(recipe.calibrate.data)):
-                raise BadInput(f"{what}, and writes none to calibrate on", field="dataset", value=recipe.calibrate.data)
+                cause = f"{what}, so it cannot generate calibration text"
+                raise BadInput(
+                    cause, field="dataset", value=recipe.calibrate.data, fix=("name a text with ", Setting("dataset"))
+                )
             self.marks = Marks.of(loaded.tokenizer) if recipe.calibrate.bos == "auto" else Marks()
 
     @property
@@ -305,9 +308,8 @@ def seqlen_within(limit: int, seqlen: int | None) -> int:
     if seqlen is None:
         return min(2048, limit) if limit else 2048
     if limit and seqlen > limit:
-        raise BadInput(
-            f"seqlen {seqlen} is above this model's limit of {limit} positions", field="seqlen", value=seqlen
-        )
+        cause = f"seqlen {seqlen} is above this model's limit of {limit} positions"
+        raise BadInput(cause, field="seqlen", value=seqlen, fix=("use at most ", Set("seqlen", limit)))
     return seqlen
 
 

@@ -22,7 +22,7 @@ aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)
-class Lying:
+class InFile:
     """A matrix in a file."""
 
     entry: TensorEntry
@@ -34,7 +34,7 @@ class Lying:
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
 
-    def cast(self, dtype: torch.dtype) -> Lying | None:
+    def cast(self, dtype: torch.dtype) -> InFile | None:
         """Return a copy with another dtype; None if that would round twice."""
         return replace(self, dtype=dtype) if self.dtype in (dtype, DTYPES[self.entry.dtype]) else None
 
@@ -54,7 +54,7 @@ class Lying:
 class Part:
     """A range of rows (0) or columns (1) of a matrix, which is read whole for it."""
 
-    whole: Lying
+    whole: InFile
     dim: int
     start: int
     end: int
@@ -102,7 +102,7 @@ class Filled:
 class Joined:
     """Matrices concatenated along rows (0) or columns (1)."""
 
-    parts: tuple[Lying | Part | Filled, ...]
+    parts: tuple[InFile | Part | Filled, ...]
     dim: int
 
     @property
@@ -128,7 +128,7 @@ class Joined:
             part.read_into(own)
 
 
-_Piece: TypeAlias = Lying | Part | Filled
+_Piece: TypeAlias = InFile | Part | Filled
 _Matrix: TypeAlias = _Piece | Joined
 
 
@@ -202,9 +202,9 @@ def deferred(entry: TensorEntry, finish: Callable[[Tensor], Tensor] | None = Non
     """
     dtype = DTYPES[entry.dtype]
     if len(entry.shape) == 2:
-        return Deferred(Lying(entry, dtype, finish))
+        return Deferred(InFile(entry, dtype, finish))
     own = [entry.at(index) for index in range(entry.shape[0])] if len(entry.shape) == 3 else []
-    parts = [Lying(one, dtype) for one in own if one is not None]
+    parts = [InFile(one, dtype) for one in own if one is not None]
     if not parts or len(parts) < len(own):
         return None
     if finish is not None:  # it may reorder the matrices, and fill in zeros
@@ -237,12 +237,12 @@ def values_of(tensor: Tensor) -> list[float] | None:
 def untouched(tensor: Tensor, entry: TensorEntry) -> bool:
     """Return whether a tensor is still the unread content of an entry."""
     place = tensor.place if isinstance(tensor, Deferred) else None
-    if isinstance(place, Lying):
+    if isinstance(place, InFile):
         return place.entry == entry
     return (
         isinstance(place, Stack)
         and place.shape == entry.shape
-        and all(isinstance(part, Lying) and part.entry == entry.at(index) for index, part in enumerate(place.parts))
+        and all(isinstance(part, InFile) and part.entry == entry.at(index) for index, part in enumerate(place.parts))
     )
 
 
@@ -282,7 +282,7 @@ def _narrow(place: _Place, dim: int, start: int, end: int) -> Any:
     if isinstance(place, Stack):
         parts = [_narrow(part, dim - 1, start, end) for part in place.parts]
         return Stack(tuple(parts)) if None not in parts else None
-    if isinstance(place, Lying):
+    if isinstance(place, InFile):
         return Part(place, dim, start, end)
     if isinstance(place, Filled):
         shape = tuple(end - start if d == dim else size for d, size in enumerate(place.shape))

@@ -286,7 +286,7 @@ class LazyCheckpoint:
         if modules:
             initialize_again(self._model, modules)
 
-    def expect(self, prefix: str) -> None:
+    def prefetch(self, prefix: str) -> None:
         """Prefetch a block's tensors to the device, or into the system's page cache."""
         names = [name for group in self._own(prefix) for name in group.originals]
         whole = [self._entries[name] for name in names if self._uncut.get(name) is None]
@@ -362,7 +362,8 @@ class LazyCheckpoint:
     def _require_real(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         missing = [name for name, parameter in parameters if parameter.is_meta]
         if missing:
-            raise BadInput(f"the checkpoint of {self.location.name} lacks {missing[0]} ({len(missing)} weights in all)")
+            cause = f"the checkpoint of {self.location.name} lacks {missing[0]} ({len(missing)} weights in all)"
+            raise BadInput(cause, fix="fetch or save the checkpoint again")
 
 
 def build_skeleton(location: ModelFolder, config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

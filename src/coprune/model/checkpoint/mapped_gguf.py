@@ -240,7 +240,7 @@ class LazyGguf(LazyCheckpoint):
         """Read a single parameter."""
         return read_tensor(self._entries[name])
 
-    def lying(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return all tensors under the names that transformers would save them by; most are read lazily."""
         set_conversions_to_revert(self._model, None)
         state = {name: self._unread(name, apart=True)[...] for name in self._entries}

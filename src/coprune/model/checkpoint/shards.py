@@ -179,7 +179,8 @@ def _read_stored(entry: TensorEntry, buffer: Buffer) -> Tensor:
     raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     view = memoryview(raw)
     if len(view) != entry.nbytes:
-        raise BadInput(f"{entry.file} has a malformed header: {entry.nbytes:,} bytes for shape {entry.shape}")
+        cause = f"{entry.file} has a malformed header: {entry.nbytes:,} bytes for shape {entry.shape}"
+        raise BadInput(cause, fix="fetch or save it again")
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         done = 0

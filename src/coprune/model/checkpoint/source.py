@@ -80,7 +80,7 @@ class Source:
             return None
         return entry.weight.grid(entry.read_parts())
 
-    def leads_back(self) -> bool:
+    def is_revertible(self) -> bool:
         """Return whether the whole model can be saved in its files' layout."""
         without_values = {name: tensor.to("meta") for name, tensor in self._model.state_dict().items()}
         try:

@@ -71,7 +71,7 @@ class Weights(Protocol):
         """Load the block's parameters."""
         ...
 
-    def expect(self, prefix: str) -> None:
+    def prefetch(self, prefix: str) -> None:
         """Prefetch a block."""
         ...
 
@@ -123,7 +123,7 @@ class InMemory:
         """Wrap a model in memory. source: the folder whose layout to save in; by default transformers' layout."""
         self._model = model
         self._source = source
-        self._names = source if source is not None and source.leads_back() else None
+        self._names = source if source is not None and source.is_revertible() else None
         """The source, if transformers can restore its names and dtypes."""
 
     @property
@@ -154,7 +154,7 @@ class InMemory:
     def acquire(self, prefix: str) -> None:
         pass
 
-    def expect(self, prefix: str) -> None:
+    def prefetch(self, prefix: str) -> None:
         pass
 
     def release(self, prefix: str) -> None:

@@ -205,7 +205,7 @@ class Inputs:
             return
         if self.statistic is not None:
             self.statistic.reduce(processes)
-        self.sample.reduce(processes, needed=self.statistic is None or not self.statistic.tells_errors)
+        self.sample.reduce(processes, needed=self.statistic is None or not self.statistic.computes_errors)
 
 
 class BatchRows(NamedTuple):

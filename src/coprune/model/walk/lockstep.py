@@ -44,7 +44,7 @@ class Lane:
     def ended(self) -> bool:
         return bool(self._greenlet.dead)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Run until the lane stops at a matrix or ends. An error in the lane is raised here."""
         self.waits_for = None
         self._walk = self._greenlet.parent = greenlet.getcurrent()
@@ -158,7 +158,7 @@ class Lockstep:
         for lane in self._lanes:
             if not lane.ended and (lane.waits_for is None or lane.waits_for.name in self._solved):
                 with self._paging or nullcontext():
-                    lane.go_on()
+                    lane.resume()
         waiting = [lane.waits_for for lane in self._lanes if lane.waits_for is not None and not lane.ended]
         own = self._first(waiting)
         # A process without tokens for an expert still solves it together with the others.

@@ -76,12 +76,12 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
     watched = _Watched(found, Structure(sample))
     try:
         logits = _watch(watched, found, sample)
-    except _PassedBy as passed:
-        found = _without_passed(found, sample, passed.answer)
+    except _BlockSkipped as passed:
+        found = _without_skipped(found, sample, passed.answer)
         watched = _Watched(found, Structure(sample))
         try:
             logits = _watch(watched, found, sample)
-        except _PassedBy:
+        except _BlockSkipped:
             raise UnsupportedModel("a forward does not always call the same blocks") from None
     model, blocks, structure, last = found.module, found.blocks, watched.structure, watched.replayed
     if last is None:
@@ -106,7 +106,7 @@ def prove_replay(found: FoundModel, sample: Tensor) -> ProvenModel:
     return ProvenModel(found.weights, found.blocks, chosen, structure, passed=found.passed)
 
 
-class _PassedBy(Exception):
+class _BlockSkipped(Exception):
     """A forward skipped a block. answer: the form of an earlier block's output."""
 
     def __init__(self, answer: Answer) -> None:
@@ -115,7 +115,7 @@ class _PassedBy(Exception):
 
 
 def _watch(watched: _Watched, found: FoundModel, sample: Tensor) -> Tensor:
-    """Run one real forward and return its logits. Raises _PassedBy where it does not call every block."""
+    """Run one real forward and return its logits. Raises _BlockSkipped where it does not call every block."""
     forwards = {block.index: block.module.forward for block in found.blocks}
 
     def watch(block: Block) -> Callable[..., Any]:
@@ -128,11 +128,11 @@ def _watch(watched: _Watched, found: FoundModel, sample: Tensor) -> Tensor:
     ):
         logits = forward_logits(found.module, sample, COMPARED_LOGITS)
     if 0 < len(watched.calls) < len(found.blocks):
-        raise _PassedBy(watched.structure.answers[-1])
+        raise _BlockSkipped(watched.structure.answers[-1])
     return logits
 
 
-def _without_passed(found: FoundModel, sample: Tensor, answer: Answer) -> FoundModel:
+def _without_skipped(found: FoundModel, sample: Tensor, answer: Answer) -> FoundModel:
     """Return the model without the blocks that a forward skips. answer: form of an idle block's output."""
     called: list[int] = []
 
@@ -200,7 +200,7 @@ class _Watched:
     def run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the block's own output. Raises UnsupportedModel or NumericalError if the replay differs."""
         if block.index > len(self.calls) > 0:
-            raise _PassedBy(self.structure.answers[-1])
+            raise _BlockSkipped(self.structure.answers[-1])
         if block.index != len(self.calls):
             _refuse_order(block)
         hidden, call = split_call(args, kwargs)
@@ -226,7 +226,7 @@ class _Watched:
         weights.release(block.name)
         if not _close(hidden_of(output), again):
             raise UnsupportedModel(f"{block.name} replayed from its recorded call differs from the model's forward")
-        if (place := self.streams.parted(live)) is not None:
+        if (place := self.streams.differing(live)) is not None:
             raise UnsupportedModel(f"{block.name} when replayed, leaves other values for later blocks in {place!r}")
         self.replayed = again
         self.structure.answers.append(Answer.of(output, hidden))
@@ -323,7 +323,7 @@ class _Streams:
             if position and isinstance(own, Tensor) and isinstance(replayed, Tensor):
                 self._answered[id(own)] = _Entry(len(self._leaves) - 1, position, replayed, own)
 
-    def parted(self, live: Mapping[Place, Stream]) -> Place | None:
+    def differing(self, live: Mapping[Place, Stream]) -> Place | None:
         """Return the place of a stream that differs from the replayed one, or None."""
         for place, replayed in self._replayed.items():
             if self._objects.get(place) is live.get(place):

@@ -94,7 +94,7 @@ class Statistic(Sums):
 
     per_channel: ClassVar[str]
     """Name of a sum of shape I to which every input contributes."""
-    tells_errors: ClassVar[bool] = False
+    computes_errors: ClassVar[bool] = False
     """Whether layer errors can be computed from it (`relative_error`); otherwise a sample of the inputs is needed."""
 
     def update(self, x: Tensor) -> None:
@@ -148,11 +148,11 @@ class Statistic(Sums):
         return mixed
 
     def squared_errors(self, weight: Tensor, pruned: Tensor) -> Tensor:
-        """Return ‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² of all tokens seen (2 float64), if `tells_errors`. weight, pruned: O × I."""
+        """Return ‖X(W − Ŵ)ᵀ‖² and ‖XWᵀ‖² of all tokens seen (2 float64), if `computes_errors`. weight, pruned: O × I."""
         raise TypeError(f"{type(self).__name__} cannot compute errors")
 
     def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
-        """Return ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of all tokens seen (0.0 where the dense output is zero), if `tells_errors`.
+        """Return ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of all tokens seen (0.0 where the dense output is zero), if `computes_errors`.
 
         weight, pruned: O × I.
         """
@@ -196,7 +196,7 @@ class Gram(Statistic):
     """Gram matrix XᵀX / T of the inputs (the Hessian of SparseGPT up to a factor, arXiv 2301.00774)."""
 
     per_channel: ClassVar[str] = "sum"  # not the diagonal, whose entries lie far apart in memory
-    tells_errors: ClassVar[bool] = True
+    computes_errors: ClassVar[bool] = True
 
     @classmethod
     def shapes(cls, width: int) -> dict[str, tuple[int, ...]]:

@@ -73,7 +73,7 @@ class Walk:
                 weights.acquire(block.name)
                 try:
                     if following is not None:
-                        weights.expect(following.name)
+                        weights.prefetch(following.name)
                     if block.name in self.past.finished:
                         self._pass(block)
                     else:

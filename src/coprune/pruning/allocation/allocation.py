@@ -49,8 +49,8 @@ class Allocation(Protocol):
 
     # Properties for the same reason as in Method; an allocation writes class variables.
     @property
-    def looks(self) -> bool:
-        """Whether it reads the weights."""
+    def measures(self) -> bool:
+        """Whether it measures the matrices, in a walk over the blocks."""
 
     @property
     def statistic(self) -> type[Statistic] | None:
@@ -134,7 +134,7 @@ def unit_name(matrix_name: str) -> str:
 class Uniform:
     """Give every matrix the same sparsity."""
 
-    looks: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
     statistic: ClassVar[None] = None
     first: ClassVar[int] = 0
 

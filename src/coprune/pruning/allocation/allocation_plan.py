@@ -16,7 +16,7 @@ from coprune.model.walk.model_structure import FoundModel
 from coprune.model.walk.recording import Dense, Recording
 from coprune.model.walk.walk import Walk
 from coprune.pruning.allocation.allocation import Allocation, Shown, targets_by_matrix, unit_name, units_of
-from coprune.pruning.allocation.fisher import ByFisher, Sample, lost_by_slopes, outputs_by_slopes, watch
+from coprune.pruning.allocation.fisher import ByFisher, Sample, losses_by_gradients, output_weights, watch
 from coprune.recipe.pattern import Target
 
 _WALK = 0.3
@@ -57,15 +57,15 @@ def plan_targets(
     outputs: dict[str, Tensor] = {}
     if isinstance(allocation, ByFisher):
         assert recording is not None
-        sums, outputs = _by_slopes(allocation, model, recording, target, processes, advance)
-    elif allocation.looks:
-        sums = _by_looks(allocation, model, recording, target, processes, advance)
-    units = units_of(model.chosen, model.names, shared=not allocation.looks)
+        sums, outputs = _by_gradients(allocation, model, recording, target, processes, advance)
+    elif allocation.measures:
+        sums = _by_walk(allocation, model, recording, target, processes, advance)
+    units = units_of(model.chosen, model.names, shared=not allocation.measures)
     shared = dict.fromkeys((uses[0].name for uses in model.chosen.several), target)
     return shared | targets_by_matrix(units, allocation.allocate(units, sums, target), outputs)
 
 
-def _by_slopes(
+def _by_gradients(
     allocation: ByFisher,
     model: FoundModel,
     recording: Recording,
@@ -80,13 +80,13 @@ def _by_slopes(
     """
     require_in_memory(model.weights, "allocation")
     samples = _samples(recording)
-    squares = _by_looks(allocation, model, recording, target, processes, scaled(advance, _WALK))
+    squares = _by_walk(allocation, model, recording, target, processes, scaled(advance, _WALK))
     watched = watch(allocation, model.chosen, squares, target)
-    lost = lost_by_slopes(model, watched, samples, processes, scaled(advance, (1 - _WALK) * len(model.blocks)))
-    return lost, outputs_by_slopes(watched, allocation.outputs)
+    lost = losses_by_gradients(model, watched, samples, processes, scaled(advance, (1 - _WALK) * len(model.blocks)))
+    return lost, output_weights(watched, allocation.outputs)
 
 
-def _by_looks(
+def _by_walk(
     allocation: Allocation,
     model: FoundModel,
     recording: Recording | None,

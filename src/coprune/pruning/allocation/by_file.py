@@ -34,7 +34,7 @@ class ByFile:
     entries: tuple[tuple[str, float | str], ...]
     """Globs and sparsities (or N:M), in the file's order."""
 
-    looks: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
     statistic: ClassVar[None] = None
     first: ClassVar[int] = 0
 

@@ -57,7 +57,7 @@ class ByFisher:
     outputs: float = 0.5
     """Exponent of the error weights by output, where rows may differ in zeros; 0: all outputs weigh the same."""
 
-    looks: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = InputNorm
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class ByFisher:
         """Return the targets at which losses are measured, ascending."""
         return grid_around(target, self.bound, self.points)
 
-    def tells_outputs(self, target: Target) -> bool:
+    def weighs_outputs(self, target: Target) -> bool:
         """Return whether errors are weighted by output."""
         return self.outputs > 0 and target.pattern.n_of_m is None
 
@@ -90,7 +90,7 @@ class ByFisher:
         return max(1, outputs * experts // self.rows)
 
 
-def goes_at(rows: Tensor, squares: Tensor, grid: Sequence[Target]) -> Tensor:
+def first_removed_at(rows: Tensor, squares: Tensor, grid: Sequence[Target]) -> Tensor:
     """Return, for each weight, the first target of a grid at which Wanda's mask removes it.
 
     Args:
@@ -122,24 +122,24 @@ def shares_of_outputs(squares: Tensor, power: float) -> Tensor:
     return (shares / shares.mean()).float()
 
 
-def squared_changes(rows: Tensor, slopes: Tensor, goes: Tensor, points: int) -> Tensor:
+def squared_changes(rows: Tensor, gradients: Tensor, removed_at: Tensor, points: int) -> Tensor:
     """Return Σ over rows of ⟨ΔW, ∇⟩² at each target, where ΔW is the removed weights.
 
     Args:
         rows: R × I float32, weights.
-        slopes: R × I float32, the gradient of the log probability of the sampled tokens.
-        goes: R × I int64, from `goes_at`.
+        gradients: R × I float32, the gradient of the log probability of the sampled tokens.
+        removed_at: R × I int64, from `first_removed_at`.
         points: number of targets in the grid.
 
     Returns:
         P float64.
     """
-    changes = rows.new_zeros(len(rows), points + 1).scatter_add_(1, goes, rows * slopes)
+    changes = rows.new_zeros(len(rows), points + 1).scatter_add_(1, removed_at, rows * gradients)
     return changes.double().cumsum(dim=1)[:, :points].square().sum(dim=0)
 
 
 @torch.no_grad()
-def drawn_slopes(logits: Tensor, seed: int) -> Tensor:
+def sampled_gradients(logits: Tensor, seed: int) -> Tensor:
     """Return the gradient of −log p(y) by the logits, for one y sampled from each row's distribution p: p, less one at y.
 
     Args:
@@ -149,15 +149,15 @@ def drawn_slopes(logits: Tensor, seed: int) -> Tensor:
     Returns:
         N × V, of the same dtype.
     """
-    slopes = torch.empty_like(logits)
+    gradients = torch.empty_like(logits)
     levels = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed)).to(logits.device)
-    parts = (whole.split(_ROWS_AT_A_TIME) for whole in (logits, levels, slopes))
+    parts = (whole.split(_ROWS_AT_A_TIME) for whole in (logits, levels, gradients))
     for own, level, into in zip(*parts, strict=True):
         p = own.float().softmax(dim=-1)
         sums = p.cumsum(dim=-1)
         drawn = torch.searchsorted(sums, level * sums[:, -1:], right=True).clamp_max(p.shape[1] - 1)
         into.copy_(p.scatter_add_(1, drawn, torch.full_like(level, -1.0)))
-    return slopes
+    return gradients
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Watched:
     matrix: Matrix
     step: int
     """Stride of the measured rows."""
-    goes: Tensor
+    removed_at: Tensor
     """Grid index at which each weight is removed, as bytes."""
     lost: Tensor
     """Summed losses by target, float64."""
@@ -177,17 +177,17 @@ class Watched:
     @classmethod
     def of(cls, matrix: Matrix, step: int, squares: Tensor, grid: Sequence[Target], outputs: bool) -> Watched:
         rows = matrix.view()[::step].float()
-        goes = goes_at(rows, squares.to(rows.device), grid).to(torch.uint8)
+        removed_at = first_removed_at(rows, squares.to(rows.device), grid).to(torch.uint8)
         lost = torch.zeros(len(grid), dtype=torch.float64, device=rows.device)
-        return cls(matrix, step, goes, lost, lost.new_zeros(matrix.shape[0]) if outputs else None)
+        return cls(matrix, step, removed_at, lost, lost.new_zeros(matrix.shape[0]) if outputs else None)
 
     def look(self) -> None:
         """Add one sample's gradient to the sums."""
-        everything = self.matrix.slopes()
+        everything = self.matrix.gradient()
         if self.by_row is not None:
             self.by_row.add_(everything.float().square().sum(dim=1))
-        rows, slopes = self.matrix.view()[:: self.step].float(), everything[:: self.step].float()
-        changes = squared_changes(rows, slopes, self.goes.long(), len(self.lost))
+        rows, gradients = self.matrix.view()[:: self.step].float(), everything[:: self.step].float()
+        changes = squared_changes(rows, gradients, self.removed_at.long(), len(self.lost))
         self.lost.add_(changes, alpha=self.matrix.shape[0] / (2 * len(rows)))
 
 
@@ -204,7 +204,7 @@ def watch(allocation: ByFisher, chosen: Chosen, squares: Mapping[str, Tensor], t
         squares: sums of squares of the inputs, by name of unit; matrices without an entry are left out.
         target: the overall target.
     """
-    grid, outputs, matrices = allocation.grid(target), allocation.tells_outputs(target), list(chosen.all())
+    grid, outputs, matrices = allocation.grid(target), allocation.weighs_outputs(target), list(chosen.all())
     units = [unit_name(matrix.name) for matrix in matrices]
     experts = Counter(units)
     return [
@@ -214,7 +214,7 @@ def watch(allocation: ByFisher, chosen: Chosen, squares: Mapping[str, Tensor], t
     ]
 
 
-def lost_by_slopes(
+def losses_by_gradients(
     model: FoundModel,
     watched: Sequence[Watched],
     samples: Sequence[Sample],
@@ -248,14 +248,14 @@ def lost_by_slopes(
     return _added_up(watched, processes)
 
 
-def drawn_noise(vectors: Tensor, seed: int) -> Tensor:
-    """Sample as `drawn_slopes`, for rows that are vectors rather than logits: from a normal distribution of variance 1."""
+def sampled_noise(vectors: Tensor, seed: int) -> Tensor:
+    """Sample as `sampled_gradients`, for rows that are vectors rather than logits: from a normal distribution of variance 1."""
     drawn = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
     return drawn.to(device=vectors.device, dtype=vectors.dtype)
 
 
-def outputs_by_slopes(watched: Sequence[Watched], power: float) -> dict[str, Tensor]:
-    """Return the weights of errors in each output by name of matrix, after `lost_by_slopes`; empty unless requested.
+def output_weights(watched: Sequence[Watched], power: float) -> dict[str, Tensor]:
+    """Return the weights of errors in each output by name of matrix, after `losses_by_gradients`; empty unless requested.
 
     power: as in `shares_of_outputs`.
     """
@@ -269,10 +269,10 @@ def _run_backwards(model: FoundModel, sample: Sample, seed: int) -> None:
     if not logits.requires_grad:
         raise UnsupportedModel("the model's logits have no gradients, which allocation fisher needs")
     vectors = task_of(model.module.config, type(model.module)) == "embeddings"
-    slopes = drawn_noise(logits, seed) if vectors else drawn_slopes(logits, seed)
+    gradients = sampled_noise(logits, seed) if vectors else sampled_gradients(logits, seed)
     if counted is not None:
-        slopes *= counted.to(slopes.device).flatten()[:, None]
-    logits.backward(slopes)
+        gradients *= counted.to(gradients.device).flatten()[:, None]
+    logits.backward(gradients)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class OWL:
     first: int = 0
     """Number of leading calibration tokens to use, in whole batches; 0: all."""
 
-    looks: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
     statistic: ClassVar[type[Statistic]] = InputNorm
 
     def __post_init__(self) -> None:

@@ -93,11 +93,11 @@ def brought_methods(own: frozenset[str]) -> Brought:
             brought.methods[entry.name] = checked_method(entry.name, entry.load(), own | set(brought.methods))
             brought.packages[entry.name] = package
         except BadInput as error:
-            brought.problems[entry.name] = f"the package {package} brings a method that is left out: {error}"
+            brought.problems[entry.name] = f"the package {package} provides a method that is skipped: {error}"
         except Exception as error:  # a broken third-party module must not break every command
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             brought.problems[entry.name] = (
-                f"the package {package} brings a method {entry.name!r} that cannot be loaded: {reason}"
+                f"the package {package} provides a method {entry.name!r} that cannot be loaded: {reason}"
             )
     return brought
 

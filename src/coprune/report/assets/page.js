@@ -1,6 +1,6 @@
 "use strict";
-// Fills the list of matrices and draws the histograms of the one that is picked; the page's data lie in the element #data.
-// All else on the page is there without a script.
+// Fills the list of matrices and draws the histograms of the selected one, from the data in the element #data.
+// The rest of the page works without scripts.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
@@ -14,7 +14,7 @@
     return parent.appendChild(element);
   };
 
-  // About four round figures between two others.
+  // About four round numbers between two values.
   const ticks = (low, high) => {
     const rough = (high - low) / 4;
     const size = 10 ** Math.floor(Math.log10(rough));
@@ -71,7 +71,7 @@
     }
   };
 
-  // What stands behind the address need not be what the page put there: `%` alone is no code of a letter.
+  // The address's fragment may not be the page's own: a lone `%` is invalid.
   const decoded = (text) => {
     try {
       return decodeURIComponent(text);
@@ -104,7 +104,7 @@
         try {
           await navigator.clipboard.writeText(source.textContent);
         } catch {
-          // A page opened from a file may have no clipboard of its own; the old way needs a selection.
+          // A page opened from a file may lack the clipboard API; the old one copies a selection.
           getSelection().selectAllChildren(source);
           document.execCommand("copy");
         }

@@ -94,9 +94,11 @@ def by_input(quantization: Mapping[str, Any]) -> ByInput:
     said = Quantization.read(quantization)
     method, bits = str(said.quant_method), said.bits or said.w_bit or 4
     if bits not in ((4,) if method == "awq" else (2, 4, 8)):
-        raise BadInput(f"the checkpoint is quantised by {method} in {bits} bits, which is not supported")
+        cause = f"the checkpoint is quantised by {method} in {bits} bits, which is not supported"
+        raise BadInput(cause, fix="use the unquantised checkpoint")
     if method == "awq" and (said.version or "gemm").lower() != "gemm":
-        raise BadInput(f"the checkpoint is quantised by awq for the kernel {said.version}; only gemm is supported")
+        cause = f"the checkpoint is quantised by awq for the kernel {said.version}, and only gemm is supported"
+        raise BadInput(cause, fix="use the unquantised checkpoint")
     return ByInput(method, bits, 1 if method == "gptq" and said.checkpoint_format != "gptq_v2" else 0)
 
 

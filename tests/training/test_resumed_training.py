@@ -39,7 +39,7 @@ def states(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "training").glob("checkpoint-*"))
 
 
-def test_a_training_that_was_killed_after_its_last_step_takes_none_more(
+def test_a_training_killed_after_its_last_step_takes_no_more_steps(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any) -> None:

@@ -72,7 +72,7 @@ def test_a_smaller_file_that_meets_all_conditions_wins(place: Path, files: Path,
 def test_a_larger_file_does_not_win_and_is_listed(place: Path, files: Path, tmp_path: Path) -> None:
     found = fitted(place, tmp_path / "out", files / "large.gguf", types="q8_0,q4_0")
     assert (found.kept, found.chosen) == (True, "q4_0")
-    (row,) = (row for row in found.rows if row.elsewhere)
+    (row,) = (row for row in found.rows if row.foreign)
     assert (row.name, row.plain, row.verdict, row.part) == ("large.gguf", False, "kept", "unseen")
     assert any(note.startswith("large.gguf: ") and "kept on the unseen items" in note for note in found.notes)
     assert found.plain == "q4_0"
