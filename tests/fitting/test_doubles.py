@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def test_the_task_as_calibration_text_reveals_no_unseen_item(tmp_path: Path) -> 
     prompts = sentences(40)
     tasks = read_tasks([items_file(tmp_path, "a.jsonl", prompts)])
     more = [f"{one}\n{other}" for one, other in zip(prompts[::2], prompts[1::2], strict=True)]
-    passages, line = calibration_of(tasks, text_of, [*more, "A text of its own."])
+    few = [replace(tasks[0], unseen=tasks[0].unseen[:8])]  # a larger budget takes the others later
+    passages, line = calibration_of(few, text_of, [*more, "A text of its own."], tasks)
     whole = "\n".join(passage.text for passage in passages)
     assert not [prompt for prompt in prompts_of(tasks[0], "unseen") if prompt in whole]
     assert all(prompt in whole for prompt in prompts_of(tasks[0], "seen"))
@@ -115,4 +117,4 @@ def test_calibration_text_of_unseen_items_only_is_refused(tmp_path: Path) -> Non
     (task,) = read_tasks([items_file(tmp_path, "a.jsonl", sentences(40))])
     blind: Any = Task(task.name, task.kind, task.items, (), task.unseen)
     with pytest.raises(BadInput, match="nothing but text of the unseen items"):
-        calibration_of([blind], text_of, [*prompts_of(task, "unseen")])
+        calibration_of([blind], text_of, [*prompts_of(task, "unseen")], [blind])

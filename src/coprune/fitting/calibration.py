@@ -38,7 +38,7 @@ class Passage(BaseModel):
 
 
 def calibration_of(
-    tasks: Sequence[Task], text_of: Callable[[Task, int], str], more: Sequence[str]
+    tasks: Sequence[Task], text_of: Callable[[Task, int], str], more: Sequence[str], whole: Sequence[Task]
 ) -> tuple[list[Passage], str]:
     """Join the text of the seen items and other text, without passages that contain an unseen item.
 
@@ -46,6 +46,7 @@ def calibration_of(
         tasks: items in two halves.
         text_of: returns an item with its answer.
         more: other text.
+        whole: the same tasks with the items that the budget leaves out: a larger one may take them later.
 
     Returns:
         The passages, and a message about omitted ones, empty if there are none.
@@ -57,7 +58,7 @@ def calibration_of(
     # Candidates are judged on the first seen items first. These come last here, so that a task's share uses the others.
     judging = {text for some in own for text in some[len(some) - len(some) // 2 :]}
     every = [*more, *(text for some in own for text in some)]
-    seen, unseen = ([task.items[place].asked for task in tasks for place in half(task)] for half in (_seen, _unseen))
+    seen, unseen = ([task.items[place].asked for task in whole for place in half(task)] for half in (_seen, _unseen))
     left_out = {every[place] for place in holding(every, unseen, seen)}
     clean = [[text for text in some if text not in left_out] for some in own]
     shares = [task.share for task, some in zip(tasks, clean, strict=True) if some]

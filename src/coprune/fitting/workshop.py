@@ -291,7 +291,8 @@ class Workshop:
         if self.making.text.exists():
             return
         mark, texts = self.making.clock.mark(), texts_in(int(seconds * self.known(Candidate(DENSE, EXACT)).speed))
-        key = self.key("fit-text", halves=[task.fingerprint for task in tasks], texts=texts)
+        halves = [task.fingerprint for task in (*tasks, *self.asked.tasks)]
+        key = self.key("fit-text", halves=halves, texts=texts)
         found = self.store.get(key, Passages, lambda: Passages(self._collected(tasks, texts)))
         write_passages(self.making.text, found.root)
         self.making.note(key, mark)
@@ -308,7 +309,7 @@ class Workshop:
             return item.asked if item.text else f"{item.asked} {right}".strip()
 
         own = [of(task, place) for task in tasks for place in task.seen[len(task.seen) // 2 :]]
-        passages, line = calibration_of(tasks, of, self._more_text(sum(map(len, own)), texts))
+        passages, line = calibration_of(tasks, of, self._more_text(sum(map(len, own)), texts), self.asked.tasks)
         if line:
             self.reporter.say(line)
         return passages
