@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 import coprune
-from coprune.base.errors import BadInput
+from coprune.base.errors import BadInput, NumericalError
 from coprune.model.checkpoint.load import load_model
 from coprune.model.checkpoint.locate import ModelFolder
 from coprune.model.removed import Tokens
@@ -78,6 +79,14 @@ def test_the_reported_bits_match_the_smaller_model(dense: Path, words: Path, tmp
     nats, _ = Judge(model, tokenizer.bos_token_id).nats(ids, None)
     assert nats / said.bytes / torch.log(torch.tensor(2.0)).item() == pytest.approx((said.bits or (0, 0))[1], rel=1e-5)
     assert len(ids) == said.tokens[1]
+
+
+def test_bits_of_a_damaged_model_are_refused_instead_of_reported(dense: Path) -> None:
+    model, tokenizer = load_model(ModelFolder(dense, "pico"))
+    for weight in model.get_input_embeddings().parameters():
+        torch.nn.init.constant_(weight, math.nan)
+    with pytest.raises(NumericalError, match="may be damaged"):
+        Judge(model, tokenizer.bos_token_id).nats([5, 6], None)
 
 
 def test_messages_of_cutting_a_model_in_memory_are_shown(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coprune.base.errors import NumericalError
 from coprune.evaluation.batches import inference_logits, slices
 from coprune.vocabulary.choose import Kept
 from coprune.vocabulary.cut_facts import TextCost
@@ -65,7 +66,7 @@ class Judge:
     def nats(self, ids: Sequence[int], rows: Tensor | None) -> tuple[float, float]:
         """Return the negative log likelihood of a text's tokens: over all tokens, and over the kept ones plus the token itself.
 
-        rows: kept old ids, int64; None for the first value only.
+        rows: kept old ids, int64; None for the first value only. Raises NumericalError if the model's outputs are not finite.
         """
         given = ([] if self.begin is None else [self.begin]) + list(ids)
         if len(given) < 2:
@@ -85,6 +86,8 @@ class Judge:
                 stays = torch.isin(own, rows)
                 left = torch.where(stays, left, torch.logaddexp(left, said))
                 among += float((left - said).double().sum())
+        if not math.isfinite(whole):
+            raise NumericalError("the model's outputs are NaN or infinite, so its checkpoint may be damaged")
         return whole, among
 
     def dense(self, text: str, ids: Sequence[int]) -> float:
