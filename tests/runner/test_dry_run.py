@@ -91,6 +91,19 @@ def test_choosing_blocks_takes_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert 0 < seconds[0] < seconds[1] < seconds[2]
 
 
+def test_answers_and_a_second_pass_take_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coprune.runner.time_estimate._rate", lambda device: 1e7)
+    save_pico(tmp_path / "whole")
+    write_words(tmp_path / "words.txt")
+    ways: list[dict[str, Any]] = [
+        {"propagation": "sequential", "save_model": None},
+        {"propagation": "block", "save_model": None},
+        {"propagation": "block"},  # a saved model is checked on a few prompts
+    ]
+    seconds = [dry_run(asked(tmp_path, sparsity=0.5, **way), QUIET).seconds or 0 for way in ways]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
 def test_existing_files_at_the_target_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,9 +54,8 @@ class DryRun(Shown):
         memory = "not estimated for this run" if self.memory is None else self.memory.headline()
         rows.append(("memory", memory))
         if self.seconds is not None:
-            rows.append(
-                ("time", f"about {duration(self.seconds)} here, to a factor of three, without generated answers")
-            )
+            tasks = ", without the tasks" if self.recipe.evaluate.runs_tasks else ""
+            rows.append(("time", f"about {duration(self.seconds)} here if idle, to a factor of two{tasks}"))
         rows += [("bytes", self.size.line()), *self.there]
         if self.refused is not None:
             rows.append(("refused", self.refused))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from coprune.base.devices import synchronize
+from coprune.base.devices import is_accelerator, synchronize
+from coprune.evaluation.answers.questions import plan_of
 from coprune.model.loaded_model import Loaded
 from coprune.model.matrices import Matrix
 from coprune.pruning.pruner import Solver
@@ -18,8 +19,10 @@ from coprune.recipe.structure import COMPARED_BY_KL, MAP_CANDIDATES, MAP_SPANS, 
 from coprune.recipe.train_part import has_teacher
 
 _SIZE, _LEAST_SECONDS = 768, 0.2
-_EFFICIENCY = 0.45
-"""Share of the probed rate that whole runs reach, measured with SmolLM2-135M on one core."""
+_EFFICIENCY = 0.7
+"""Share of the probed rate that whole runs reach; like the next two, from the times in benchmarks/results/typed.csv."""
+_DECODING = 3.0
+"""Time per token of an answer relative to reading it in a batch."""
 _OPENING = 10.0
 """Seconds to import, open, verify and report."""
 
@@ -36,7 +39,7 @@ class Tokens:
 def seconds_of(
     recipe: Recipe, solver: Solver, tokens: Tokens, loaded: Loaded, blocks: Sequence[Sequence[Matrix]]
 ) -> float:
-    """Estimate the seconds of a run on its device, to a factor of three and without generated answers and tasks.
+    """Estimate the seconds of a run on its idle device, to a factor of two and without zero-shot tasks.
 
     Args:
         recipe: the settings.
@@ -50,7 +53,7 @@ def seconds_of(
     else:
         training, limit = _training(recipe, tokens, loaded, blocks), 0.0
     work = training + _walking(recipe, solver, tokens, blocks) + _measuring(recipe, tokens, loaded, blocks)
-    work += _choosing(recipe, tokens, loaded, blocks)
+    work += _choosing(recipe, tokens, loaded, blocks) + _answering(recipe, loaded, blocks)
     return _OPENING + limit + work / (_EFFICIENCY * _rate(loaded.device))
 
 
@@ -60,7 +63,8 @@ def _walking(recipe: Recipe, solver: Solver, tokens: Tokens, blocks: Sequence[Se
         solver.statistic is not None and any(len(shape) == 2 for shape in solver.statistic.shapes(8).values())
     )
     reads = bool(recipe.remove.parts) or solver.statistic is not None or recipe.prune.reconstruct.steps > 0
-    work = 2 * 2 * tokens.calibrated * _weights(blocks) if reads else 0.0
+    passes = 2 if recipe.calibrate.propagation == "block" else 1
+    work = 2 * passes * tokens.calibrated * _weights(blocks) if reads else 0.0
     if gram:
         for matrix in (one for own in blocks for one in own):
             outputs, inputs = matrix.shape
@@ -97,6 +101,15 @@ def _measuring(recipe: Recipe, tokens: Tokens, loaded: Loaded, blocks: Sequence[
     return (1 + recipe.evaluate.dense) * 2 * tokens.evaluated * (_weights(blocks) + _head(loaded))
 
 
+def _answering(recipe: Recipe, loaded: Loaded, blocks: Sequence[Sequence[Matrix]]) -> float:
+    """Return the operations of generating the answers of the dense and the pruned model."""
+    plan = plan_of(recipe.evaluate.answers, recipe.output.model is not None)
+    if plan is None:
+        return 0.0
+    answers = len(plan.prompts.texts) * (2 if plan.temperature else 1)
+    return 2 * 2 * _DECODING * answers * plan.new_tokens * (_weights(blocks) + _head(loaded))
+
+
 def _training(recipe: Recipe, tokens: Tokens, loaded: Loaded, blocks: Sequence[Sequence[Matrix]]) -> float:
     asked = recipe.train
     if asked.mode is None:
@@ -124,11 +137,24 @@ def _weights(blocks: Sequence[Sequence[Matrix]]) -> float:
 
 @torch.no_grad()
 def _rate(device: torch.device) -> float:
-    """Measure a device's float32 operations per second, multiplications and additions counted separately."""
+    """Measure an idle device's float32 operations per second, multiplications and additions counted separately."""
+    if is_accelerator(device):
+        return _rate_by(time.perf_counter, device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the time of one thread excludes other processes; that of several includes their waiting
+    try:
+        return threads * _rate_by(time.thread_time, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rate_by(clock: Callable[[], float], device: torch.device) -> float:
     one = torch.ones(_SIZE, _SIZE, device=device)
-    began, done = time.perf_counter(), 0
-    while not done or time.perf_counter() < began + _LEAST_SECONDS:
+    one @ one  # the first product also loads and starts what the others use
+    synchronize(device)
+    began, done = clock(), 0
+    while not done or clock() < began + _LEAST_SECONDS:
         one @ one
         synchronize(device)
         done += 1
-    return done * 2 * _SIZE**3 / (time.perf_counter() - began)
+    return done * 2 * _SIZE**3 / (clock() - began)
