@@ -121,6 +121,7 @@ def row_of(
         "tried": str(len(rows) - 1),
         "budget": asked.budget,
         "minutes": f"{facts['seconds'] / 60:.1f}",
+        "date": facts["date"][:10],
     }
 
 
