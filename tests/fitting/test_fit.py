@@ -20,13 +20,14 @@ import coprune
 from coprune.base.errors import BadInput
 from coprune.base.progress import Reporter
 from coprune.fitting.candidates import DENSE, EXACT, Candidate
-from coprune.fitting.fit_call import remake
+from coprune.fitting.fit_call import FACTS_FILE, remake
 from coprune.fitting.fit_notes import Asked, Measured
 from coprune.fitting.fit_recipe import RECIPE_FILE
 from coprune.fitting.looking import WORK_FOLDER
 from coprune.fitting.made_model import digest_of
 from coprune.fitting.making import Making
 from coprune.fitting.reader import POSITIONS, Reader
+from coprune.fitting.require import read_conditions
 from coprune.fitting.score import bits_per_byte, score_item
 from coprune.fitting.tasks import Item, Task
 from coprune.fitting.type_mixtures import mixtures
@@ -276,6 +277,23 @@ def test_the_given_file_is_returned_if_nothing_smaller_is_proven(place: Path, tm
     assert any("your own model, byte for byte" in note for note in found.notes)
     assert not any("more items" in note for note in found.notes)  # all that was tried passed
     assert remake(tmp_path / "out" / RECIPE_FILE, tmp_path / "again", quiet=True).read_bytes() == small.read_bytes()
+
+
+def test_time_that_is_left_takes_items_until_something_is_proven(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coprune.fitting.budget._READING", 1e-9)  # as if the items were long
+    monkeypatch.setattr("coprune.fitting.budget._PROVING", 1e-9)
+    generator = random.Random(0)
+    rows = [{"prompt": " ".join(generator.sample(WORDS, 8))} for _ in range(300)]
+    task = write(tmp_path / "prompts.jsonl", rows)
+    settings = how(place, types="q4_0", without=f"{WITHOUT},embedding", budget="24h")
+    found = coprune.fit(place / "model.gguf", task, "acceptance>=0.88", output=tmp_path / "out", **settings)
+    (condition,) = read_conditions("acceptance>=0.88")
+    (counted,) = json.loads((tmp_path / "out" / FACTS_FILE).read_text())["tasks"]
+    assert found.kept
+    assert found.chosen == "q4_0"
+    assert (condition.least_items() or 0) < counted["unseen items"] == counted["seen items"] < 150
 
 
 def test_quants_larger_than_the_given_file_are_not_made_for_the_proof(place: Path, tmp_path: Path) -> None:

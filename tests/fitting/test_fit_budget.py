@@ -111,7 +111,7 @@ def test_items_that_prove_only_a_model_like_the_dense_one_are_told(tmp_path: Pat
     few, enough = prompt_tasks(tmp_path, 60)[0], prompt_tasks(tmp_path, 120)[0]
     assert few_items(condition, few, [1.0] * 30) == (
         f"60 items of {few.name} prove acceptance>=0.9 only for a model that loses little; one that loses half of what is "
-        "allowed needs about 116: add items, or require acceptance>=0.81"
+        "allowed needs about 116: use more items, or require acceptance>=0.81"
     )
     assert not few_items(condition, enough, [1.0] * 60)
     half = [0.95] * 58  # loses half of what is allowed

@@ -172,7 +172,7 @@ class Budget:
             there, all_of = len(places[task.name]), len(all_items.seen) + len(all_items.unseen)
             if there < all_of:
                 what = f"Using {there:,} of {all_of:,} items of {task.name}, chosen by the seed, to fit the budget of"
-                workshop.reporter.say(f"{what} {self.seconds / 60:.3g} minutes")
+                workshop.reporter.say_once(f"{what} {self.seconds / 60:.3g} minutes")
         write_note(file, Sizes(wanted))
         return found
 

@@ -25,7 +25,7 @@ from coprune.model.checkpoint.locate import locate
 from coprune.recipe.choice import read_named
 from coprune.report.schema import installed_versions
 from coprune.run.step import NamedStep, step_named
-from coprune.store.notes import read_note
+from coprune.store.notes import read_note, write_note
 
 Value = TypeVar("Value")
 
@@ -42,6 +42,25 @@ def noted(file: Path, kind: type[RootModel[Value]], otherwise: Value) -> Value:
     """Return the value of a note, or `otherwise` if it is missing or damaged."""
     found = read_note(file, kind)
     return otherwise if found is None else found.record.root
+
+
+def count_looks(file: Path, conditions: Sequence[str], judged: Sequence[str]) -> int:
+    """Record that the unseen half has judged these candidates by these conditions, and count such records.
+
+    Judging the same candidates by looser conditions is another attempt, and counts as one.
+
+    Args:
+        file: of the records.
+        conditions: their texts.
+        judged: the candidates' keys, in order.
+    """
+    damaged: tuple[list[str], list[str]] = ([], ["a note that is damaged now"])
+    known = noted(file, Looks, [damaged] if file.exists() else [])
+    look = (sorted("".join(one.split()) for one in conditions), [*judged])
+    if look not in known:
+        known.append(look)
+        write_note(file, Looks(known))
+    return len(known)
 
 
 @dataclass(frozen=True)

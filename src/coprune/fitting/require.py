@@ -258,9 +258,15 @@ def few_items(condition: Condition, task: Task, dense: Sequence[float]) -> str:
     looser = condition.strictest(unseen // LOSING_HALF, dense)
     return (
         f"{len(task.apart(task.seen)) + unseen} items of {task.name} prove {condition.text} only for a model that loses little; "
-        f"one that loses half of what is allowed needs about {2 * LOSING_HALF * least}: add items, or require "
+        f"one that loses half of what is allowed needs about {2 * LOSING_HALF * least}: use more items, or require "
         f"{'less' if looser is None else looser.text}"
     )
+
+
+def items_needed(held: Sequence[Held]) -> int:
+    """Return how many items like these would prove all conditions; 0 if one is refuted, all are proven, or no number would."""
+    needed = [one.needed or 0 for one in held]
+    return max(needed) if held and verdict_of(held) is Verdict.OPEN and all(needed) else 0
 
 
 def verdict_of(held: Sequence[Held]) -> Verdict:

@@ -24,17 +24,16 @@ from coprune.fitting.candidates import (
     Cut,
 )
 from coprune.fitting.chance import refuse_chance
-from coprune.fitting.finding import Finding, Wish
-from coprune.fitting.fit_notes import Looks, Measured, noted
+from coprune.fitting.finding import Finding, Wish, best_plain, verdict_line
+from coprune.fitting.fit_notes import Measured, count_looks
 from coprune.fitting.made_model import is_file_of
-from coprune.fitting.require import Condition, Held, Verdict, few_items, pairs, refuse_few, verdict_of
+from coprune.fitting.require import Condition, Held, Verdict, few_items, items_needed, pairs, refuse_few, verdict_of
 from coprune.fitting.score import DENSE_SOUND
 from coprune.fitting.tasks import Task
 from coprune.fitting.team import Team, places_ahead
 from coprune.fitting.type_mixtures import has_time, mixtures
 from coprune.fitting.workshop import VERDICTS_FILE, Workshop
 from coprune.fitting.writing import REQUIRED, provable
-from coprune.store.notes import write_note
 
 _RUNGS = (8, 4, 2, 1)
 """Divisors of the seen half: a candidate is judged on an eighth first, and on more while the verdict is open."""
@@ -95,13 +94,7 @@ class Search:
 
     def _report(self, candidate: Candidate, held: Sequence[Held], half: str) -> None:
         """Report a candidate's size and verdict."""
-        found = self.tried[candidate]
-        said = f"refused: {found.refused}" if found.refused else f"{found.bytes / 1e6:.1f} MB, no cheaper than the best"
-        if held:
-            first = min(held, key=lambda one: one.margin[1])
-            margin = f"margin {first.margin[0]:+.4f}, {first.bounds.items} {half} items"
-            said = f"{found.bytes / 1e6:.1f} MB, {verdict_of(held)} ({margin})"
-        self.workshop.reporter.say_once(f"{candidate.name}: {said}")
+        self.workshop.reporter.say_once(f"{candidate.name}: {verdict_line(self.tried[candidate], held, half)}")
 
     def _has_time(self, candidate: Candidate, share: float = 1.0) -> bool:
         """Return whether the budget has time for a candidate and for the final test afterwards.
@@ -248,7 +241,7 @@ class Search:
         place = (high - 1) // 2 if first is None else first
         while low < high and not (one and self._kept):
             candidate = left[place]
-            best = _best_plain(self._kept) if plain else self._kept[-1] if self._kept else None
+            best = best_plain(self._kept) if plain else self._kept[-1] if self._kept else None
             if best is not None and self._is_larger(candidate, best):
                 said = "no cheaper"
             elif any(other.spares(candidate, types) for other in self._lost):
@@ -289,7 +282,34 @@ class Search:
         self.measure_dense()
         self._measure_foreign()
         self._climb()
+        while self._takes_more_items():
+            self._climb()
         return self._or_as_given(self._proven())
+
+    def _takes_more_items(self) -> bool:
+        """If nothing has won so far, take as many more items as may prove the closest candidate; return whether there are more.
+
+        Only the seen half decides this, so the unseen one still proves at the full level.
+        """
+        given = is_file_of(self.workshop.making.source, self.workshop.asked.runtime)
+        most = (1 - _GAIN) * self.workshop.bytes_of(AS_GIVEN) if given else math.inf
+        if self.wish.target != "size" or any(self.cost(one) < most for one in self._all_kept):
+            return False
+        able = [one for one in self.tried if not self._all_kept or self.cost(one) < most]
+        needed = [count for one in able if (count := items_needed(self.judged_so_far(one)))]
+        before = self.tasks
+        if needed:
+            more = max(min(needed), *(3 * len(task.unseen) // 2 for task in before))
+            try:
+                self.budget.affordable_tasks(dict.fromkeys(self._least, more))
+            except BadInput:  # no time for them
+                return False
+            self.measure_dense()
+        if self.tasks == before:
+            return False
+        self._kept, self._kept_foreign, self._lost, self.untried = [], [], [], []
+        self._measure_foreign()
+        return True
 
     def _or_as_given(self, finding: Finding) -> Finding:
         """Return the finding, or the given model if nothing clearly better is proven."""
@@ -398,7 +418,7 @@ class Search:
         items, types by tensor may do worse than predicted.
         """
         types, mixed = [one.type for one in self._plain()], base.type == MIXED
-        plain = _best_plain(self._kept) if mixed else base
+        plain = best_plain(self._kept) if mixed else base
         if plain is None or plain.type not in types:
             return []
         plain = plain.of(base.cut)
@@ -456,9 +476,11 @@ class Search:
         tried, untried = [*self.tried], [one for one in dict.fromkeys(self.untried) if one not in self.tried]
         if not judged:
             return Finding(AS_GIVEN, [], False, None, tried, judged, untried)
-        chosen, looks = (passed or [*judged])[-1], self._looks([candidate.key for candidate in judged])
+        chosen = (passed or [*judged])[-1]
+        texts = [condition.text for condition in self.wish.conditions]
+        looks = count_looks(self.workshop.folder / VERDICTS_FILE, texts, [one.key for one in judged])
         untried += [one for one in unproven if not passed or (one in tried and self.cost(one) < self.cost(chosen))]
-        return Finding(chosen, judged[chosen], bool(passed), _best_plain(passed), tried, judged, untried, looks)
+        return Finding(chosen, judged[chosen], bool(passed), best_plain(passed), tried, judged, untried, looks)
 
     def _surest(self) -> list[Candidate]:
         """Order candidates by their confidence on the seen half; each is as safe as any that is reduced more, even if untried."""
@@ -472,25 +494,7 @@ class Search:
         dear = [one for one in self._kept_foreign if self._kept and self.cost(one) >= self.cost(self._kept[-1])]
         return [*(one for one in found if one not in dear), *(one for one in found if one in dear)]
 
-    def _looks(self, judged: list[str]) -> int:
-        """Record that the unseen half has judged these candidates by these conditions, and count such records.
-
-        Judging the same candidates by looser conditions is another attempt, and counts as one.
-        """
-        file = self.workshop.folder / VERDICTS_FILE
-        damaged: tuple[list[str], list[str]] = ([], ["a note that is damaged now"])
-        known = noted(file, Looks, [damaged] if file.exists() else [])
-        look = (sorted("".join(condition.text.split()) for condition in self.wish.conditions), judged)
-        if look not in known:
-            known.append(look)
-            write_note(file, Looks(known))
-        return len(known)
-
-
-def _best_plain(kept: Sequence[Candidate]) -> Candidate | None:
-    return next((one for one in reversed(kept) if one.plain), None)
-
 
 def _chain(kept: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates for which proof time is always reserved: the largest, the best plain quant, and the two best."""
-    return [*dict.fromkeys(one for one in (*kept[:1], _best_plain(kept), *kept[-2:]) if one is not None)]
+    return [*dict.fromkeys(one for one in (*kept[:1], best_plain(kept), *kept[-2:]) if one is not None)]
