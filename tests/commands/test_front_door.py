@@ -47,6 +47,7 @@ REFUSED = {
     "coprune fit model --task words.txt -o words.txt": "words.txt is a file; name another folder",
     "coprune bench noise.gguf": "noise.gguf is cut off or not a GGUF file",
     "coprune eval model --data utf16.txt": "utf16.txt is not UTF-8 text",
+    "coprune sweep nothing.yaml": "the recipe nothing.yaml cannot be read: No such file or directory",
     "coprune estimate nobody/nothing -m wanda": "there is no file or folder nobody/nothing here",
     "coprune prune model": "dataset 'Salesforce/wikitext' is out of reach",
     "coprune prune model --dataset nothing.txt": "there is no file or folder 'nothing.txt'",

@@ -15,6 +15,7 @@ from coprune.commands.options import ShortCommand, help_all_option, recipe_optio
 from coprune.commands.terminal import show, show_next
 from coprune.recipe.tree import FIELDS
 from coprune.sweeps.execution_settings import ExecutionSettings
+from coprune.sweeps.file import Sweep
 
 if TYPE_CHECKING:
     from coprune.sweeps.sweep_result import SweepResult
@@ -66,6 +67,8 @@ def sweep(
     typed = {name: value for name, value in settings.items() if value is not None}
     typed |= {"model": model} if model else {}
     settings_of(ExecutionSettings, {name: typed[name] for name in ExecutionSettings.model_fields if name in typed})
+    if file is not None and script is None:
+        Sweep.read(file)  # a mistake in it is told before torch is imported
     with importing():
         from coprune.sweeps.sweep_call import sweep
 
