@@ -15,11 +15,14 @@ from coprune.base.progress import Reporter
 from coprune.fitting.budget import Budget
 from coprune.fitting.calibration import all_windows, own_count, read_passages, texts_in
 from coprune.fitting.candidates import DENSE, EXACT, MIXED, Candidate
+from coprune.fitting.finding import Wish
 from coprune.fitting.fit_notes import Asked
 from coprune.fitting.making import Done
 from coprune.fitting.reader import Reader
 from coprune.fitting.require import few_items, read_conditions
+from coprune.fitting.search import Search
 from coprune.fitting.tasks import Task, read_tasks
+from coprune.fitting.team import Team
 from coprune.fitting.workshop import Workshop
 from coprune.gguf_files.llama_cpp import has_llama_cpp
 from support.pico import pico_model
@@ -123,6 +126,20 @@ def test_a_budget_too_short_for_a_proof_is_refused_before_the_search(opened: Ope
     tasks = text_task(tmp_path, 2000)
     with pytest.raises(BadInput, match=r"too short for one candidate; the minimum is about \d"):
         Budget(opened(tasks), 0.5, 1).affordable_tasks({tasks[0].key: 1000})
+
+
+def test_only_what_passed_on_the_seen_items_is_proven_first(opened: Opening, tmp_path: Path) -> None:
+    tasks = text_task(tmp_path, 80)
+    search = Search(
+        workshop := opened(tasks), Wish(read_conditions("bits<=dense*1.5"), types=("q8_0",)), Team(1, tmp_path)
+    )
+    search.measure_dense()
+    mixed = Candidate(DENSE, MIXED, bits=8.0, types=(("blk.0.ffn_up.weight", "q8_0"),))
+    search.tried[mixed] = workshop.measure(mixed, {task.name: task.seen for task in tasks})
+    search._kept, search._safety = [mixed], {mixed: 1.0}
+    finding = search._proven()
+    assert [*finding.unseen] == [mixed]
+    assert finding.kept
 
 
 def test_making_is_expected_to_take_as_long_as_rounding_to_the_types(opened: Opening, tmp_path: Path) -> None:

@@ -446,8 +446,8 @@ class Search:
         """
         unseen = {task.name: [*task.unseen] for task in self.tasks}
         surest, least = self._surest(), _chain(self._all_kept)
-        # Where the largest quant loses, only what needs no quant of the dense model is kept.
-        first = [one for one in self._worth_proving()[:1] if not least or one not in self._lost]
+        # One that is not safe on the seen half would end the sequence before what may win.
+        first = [one for one in self._worth_proving()[:1] if not surest or one in surest]
         chain = [*dict.fromkeys([*first, *surest])]
         judged: dict[Candidate, list[Held]] = {}
         passed, unproven = list[Candidate](), list[Candidate]()
