@@ -28,6 +28,7 @@ from coprune.model.checkpoint.source import Source
 from coprune.model.checkpoint.weights import InMemory, Weights, bytes_in
 from coprune.model.leftovers import NotLoaded
 from coprune.model.room import require_room, room_on
+from coprune.model.transformers_private import restore_own_layers
 from coprune.model.walk.activations import GIB
 from coprune.model.walk.block_calls import input_device
 from coprune.recipe.parts import DtypeName, ModelPart
@@ -233,6 +234,7 @@ def handed_over_model(model: PreTrainedModel, processor: Any) -> Loaded:
         wrong = f"a processor is a tokenizer or an image processor, but {str(processor)!r} is a name"
         fix = "load it first, as with AutoTokenizer.from_pretrained"
         raise BadInput(wrong, field="processor", value=processor, fix=fix)
+    restore_own_layers(model)
     return Loaded(InMemory(model), processor, model.name_or_path or type(model).__name__, False)
 
 

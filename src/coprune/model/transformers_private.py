@@ -57,6 +57,8 @@ Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin
 """A tokenizer, an image processor, or a processor of speech and text."""
 NAME_IN_CONFIG = "_name_or_path"
 """Configuration key of the model's origin."""
+OWN_LAYERS = {"use_kernels": False}
+"""Options of `from_pretrained` for the model's own layers: from 5.25 on, its default is compiled ones from the Hub."""
 in_natural_order = dot_natural_key
 """A sort key for tensor names that puts the tenth expert after the ninth."""
 
@@ -283,6 +285,12 @@ def build(model_class: Any, config: Any, **options: Any) -> PreTrainedModel:
     else:
         model = model_class.from_config(config, trust_remote_code=False, **options)
     return model
+
+
+def restore_own_layers(model: PreTrainedModel) -> None:
+    """Replace the Hub's compiled layers of a loaded model by its own: those multiply without calling their linear layers."""
+    if getattr(model, "use_kernels", False):
+        model.use_kernels = False
 
 
 def name_model(model: PreTrainedModel, name: str) -> None:

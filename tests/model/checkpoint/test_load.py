@@ -17,6 +17,7 @@ from coprune.model.checkpoint.load import load_model, load_tokenizer
 from coprune.model.checkpoint.locate import GgufFile, ModelFolder, locate
 from coprune.model.checkpoint.weights import InMemory
 from coprune.model.checkpoint.writer import REST, CheckpointWriter
+from coprune.model.loaded_model import handed_over_model
 from support.pico import pico_tokens
 from support.saved import assert_same_tensors, load_clean, save_model, tensors_of
 
@@ -37,6 +38,14 @@ def test_a_folder_is_loaded_ready_to_be_walked(tmp_path: Path) -> None:
     assert_same_tensors(model.state_dict(), load_clean(tmp_path).state_dict())
     assert tokenizer("world hello")["input_ids"] == [2, 1]
     assert load_model(locate(tmp_path), "float32")[0].dtype == torch.float32
+
+
+def test_no_layer_is_replaced_by_a_compiled_one_from_the_hub(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    save_tokenizer(tmp_path)
+    assert not getattr(load_model(locate(tmp_path))[0], "use_kernels", False)
+    given = load_clean(tmp_path)  # with transformers' default: from 5.25 on, the Hub's layers where there are any
+    assert not getattr(handed_over_model(given, None).model, "use_kernels", False)
 
 
 def test_running_experts_one_by_one_does_not_change_the_saved_configuration(tmp_path: Path) -> None:

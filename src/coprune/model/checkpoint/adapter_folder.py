@@ -35,7 +35,7 @@ from coprune.model.checkpoint.shards import (
     read_entries,
     read_json,
 )
-from coprune.model.transformers_private import own_class
+from coprune.model.transformers_private import OWN_LAYERS, own_class
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def _merged(folder: Path, base: Path) -> PreTrainedModel:
         with _quietly() as said:
             config = AutoConfig.from_pretrained(base)
             loader = own_class(config) or AutoModelForCausalLM
-            model = loader.from_pretrained(base, dtype="auto")
+            model = loader.from_pretrained(base, dtype="auto", **OWN_LAYERS)
             _require_fitting(folder, base, model)
             adapted = PeftModel.from_pretrained(model, str(folder), config=_settings(folder))
             _require_dense(folder, base, adapted)

@@ -48,6 +48,7 @@ from coprune.model.checkpoint.locate import GgufFile, Location
 from coprune.model.checkpoint.shards import TensorEntry, read_tensor
 from coprune.model.checkpoint.source_encoding import SourceEncoding, checkpoint_entries, source_encoding
 from coprune.model.transformers_private import (
+    OWN_LAYERS,
     auto_choice,
     build,
     builds,
@@ -204,7 +205,7 @@ def load_model(
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     folder, file = _arguments(location)
-    options |= file
+    options |= file | OWN_LAYERS
     if isinstance(location, GgufFile):
         require_one_part(location)
         options["dtype"] = "float32" if dtype == "auto" else dtype
