@@ -96,6 +96,13 @@ def test_a_text_uses_as_many_items_as_the_budget_allows(opened: Opening, tmp_pat
     assert same == more  # those of the earlier call
 
 
+def test_the_time_before_the_search_counts_too(model: Path, tmp_path: Path) -> None:
+    asked, began = Asked(str(model), tuple(text_task(tmp_path, 2000))), time.monotonic() - 100
+    workshop = Workshop(tmp_path / "fit", asked, Said(), began)
+    workshop.note_rest()
+    assert 100 < Budget(workshop, 300.0, 1).elapsed < 130
+
+
 def test_items_suffice_for_a_model_that_loses_half_of_what_is_allowed(opened: Opening, tmp_path: Path) -> None:
     tasks = text_task(tmp_path, 2000)
     (usual,) = Budget(opened(tasks), 30.0, 1).affordable_tasks({tasks[0].key: 8})

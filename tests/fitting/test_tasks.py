@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,25 @@ def test_an_answer_may_be_a_text_an_index_or_a_letter(answer: Any, right: str, t
     said = [*others, {"prompt": "last", "choices": ["red", "blue", "A"], "answer": answer}]
     file.write_text("".join(json.dumps(row) + "\n" for row in said))
     assert read_task(str(file)).items[-1].answer == right
+
+
+def test_the_rows_of_a_table_are_items(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What, is\n{number}?", "answer": str(number)} for number in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for ending, between in (".csv", ","), (".tsv", "\t"):
+        with (tmp_path / f"mine{ending}").open("w", newline="") as stream:
+            csv.DictWriter(stream, ["prompt", "answer"], delimiter=between).writerows(
+                [{"prompt": "prompt", "answer": "answer"}, *rows]
+            )
+    lines, *tables = (read_task(str(tmp_path / f"mine{ending}")) for ending in (".jsonl", ".csv", ".tsv"))
+    assert lines.kind == "answer"
+    assert [table.items for table in tables] == [lines.items] * 2
+    (tmp_path / "tickets.csv").write_text("question,label\n" + "".join(f"why {number}?,yes\n" for number in range(40)))
+    with pytest.raises(BadInput, match="has no prompt; its columns are 'question', 'label'"):
+        read_task(str(tmp_path / "tickets.csv"))
+    (tmp_path / "tickets.csv").write_text("prompt,answer\nwhy,yes,no\n")
+    with pytest.raises(BadInput, match="line 2 has more cells than the first line"):
+        read_task(str(tmp_path / "tickets.csv"))
 
 
 def test_a_task_of_lm_eval_may_have_a_share(tmp_path: Path) -> None:

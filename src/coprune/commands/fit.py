@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from coprune.base.environment import expand_home
+from coprune.base.environment import expand_home, importing
 from coprune.base.validation import settings_of
 from coprune.base.words import Command, Words
 from coprune.commands.options import ShortCommand, help_all_option, settings_options, with_options
@@ -28,7 +29,7 @@ def fit(
         list[str] | None,
         typer.Option(
             metavar="FILE[:SHARE]",
-            help="Items of one kind, repeatable: .jsonl of {prompt, choices, answer}, {prompt, answer}, {prompt, regex}, "
+            help="Items of one kind, repeatable: .jsonl or .csv of {prompt, choices, answer}, {prompt, answer}, {prompt, regex}, "
             "{prompt} or {text}, plain text, or a task of lm-eval (its name, or its definition in .yaml). Half of them are never "
             "seen by the search. SHARE: of the calibration text.",
             show_default=False,
@@ -54,6 +55,7 @@ def fit(
 
     Example: coprune fit smollm2-135m --task examples/fit/choice.jsonl --require 'accuracy>=dense-0.25' -o small
     """
+    began = time.monotonic()  # the budget counts from here
     from coprune.base.errors import BadInput
     from coprune.fitting.require import wanted
     from coprune.fitting.tasks import is_file
@@ -68,7 +70,8 @@ def fit(
             wanted(task, require, asked.seed, asked.items)
         if not is_run(expand_home(model)):
             look(model)
-    from coprune.fitting.fit_call import fit, remake
+    with importing():
+        from coprune.fitting.fit_call import Request, remake, run_fit
 
     if is_recipe:
         made = remake(model, output, quiet, asked.converter)
@@ -77,7 +80,7 @@ def fit(
         return
     if not task:
         raise BadInput("no task is named", field="task", fix="name a file of items, as in examples/fit/choice.jsonl")
-    found = fit(model, task, require, output=output, quiet=quiet, **how)
+    found = run_fit(Request(model, task, require, output, how), quiet, began)
     show(str(found))
     if not found.kept:
         raise typer.Exit(NOT_KEPT)

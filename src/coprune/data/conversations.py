@@ -1,6 +1,6 @@
 """Conversations and generated texts, as token ids with a mask of the generated ones.
 
-Rows of .jsonl, .json and .parquet files in the usual formats: `messages` (role, content), `conversations` as in ShareGPT
+Rows of .jsonl, .json, .csv and .parquet files in the usual formats: `messages` (role, content), `conversations` as in ShareGPT
 (from, value), `instruction`, `input`, `output` as of Alpaca, `prompt` and `answer`, each with an optional `system`; or with
 `prompt_ids` and `answer_ids`, which `coprune generate` writes. Everything but ids goes through the tokenizer's chat template.
 """

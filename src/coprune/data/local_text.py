@@ -7,7 +7,9 @@ joined with blank lines, in the order of the files' names.
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -25,6 +27,8 @@ from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, j
 _LOOKED_AT = 1 << 16
 _ANY_SIZE, _MOST_TIMES = 200_000_000, 100  # text compresses to a third or a fifth, repetitive tables to less
 _ROWS = 256
+ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Endings of files with rows, which may be gzipped."""
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair; whole pairs match, too
 
 
@@ -131,11 +135,13 @@ def _read(file: Path, column: str | None) -> list[str]:
 
 
 def rows_of(file: Path) -> list[Any]:
-    """Return all rows of a .json, .jsonl or .parquet file. Raises BadInput for another ending, or a damaged file."""
+    """Return all rows of a .json, .jsonl, .csv, .tsv or .parquet file. Raises BadInput for another ending, or a damaged file."""
     ending = _ending(file).removesuffix(".gz")
-    if ending not in (".json", ".jsonl", ".parquet"):
-        raise BadInput(f"{file} has no rows", fix="Rows are read from .jsonl, .json and .parquet files")
+    if ending not in ROWS:
+        raise BadInput(f"{file} has no rows", fix="Rows are read from .jsonl, .json, .csv, .tsv and .parquet files")
     try:
+        if ending in (".csv", ".tsv"):
+            return _rows_of_table(_content(file), "," if ending == ".csv" else "\t")
         if ending == ".jsonl":
             return _rows_of_lines(_content(file))
         if ending == ".json":
@@ -144,8 +150,13 @@ def rows_of(file: Path) -> list[Any]:
         return [row for batch in _parquet(file) for row in batch.to_pylist()]
     except BadInput:
         raise
-    except (ValueError, EOFError, zlib.error, OSError) as error:
+    except (csv.Error, ValueError, EOFError, zlib.error, OSError) as error:
         raise BadInput(f"{file} cannot be read: {error}") from error
+
+
+def holds_rows(file: Path) -> bool:
+    """Return whether a file's ending is that of rows with columns."""
+    return _ending(file).removesuffix(".gz") in ROWS
 
 
 def _most_bytes(file: Path) -> int:
@@ -202,6 +213,17 @@ def _rows_of_lines(content: str) -> list[Any]:
             raise ValueError(f"line {number} is not JSON ({error.msg}, column {error.colno})") from None
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
+    return rows
+
+
+def _rows_of_table(content: str, between: str) -> list[Any]:
+    """Return the rows of a table whose first line names the columns, with all cells as text."""
+    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=between, strict=True)
+    rows = []
+    for row in reader:
+        if None in row:
+            raise ValueError(f"line {reader.line_num} has more cells than the first line, which names the columns")
+        rows.append(row)
     return rows
 
 
@@ -273,12 +295,12 @@ def _read_parquet(file: Path, column: str | None) -> list[str]:
 def _read_csv(file: Path, column: str | None) -> list[str]:
     """Read the column of text of a table whose first line names the columns."""
     import pyarrow as pa
-    from pyarrow import csv
+    from pyarrow import csv as tables
 
     between = "\t" if ".tsv" in file.suffixes else ","
-    parsing = csv.ParseOptions(delimiter=between, newlines_in_values=True)
+    parsing = tables.ParseOptions(delimiter=between, newlines_in_values=True)
     try:
-        table = csv.read_csv(pa.BufferReader(_content(file).encode()), parse_options=parsing)
+        table = tables.read_csv(pa.BufferReader(_content(file).encode()), parse_options=parsing)
     except pa.ArrowException as error:
         raise BadInput(f"{file} cannot be read as a table: {error}") from error
     columns = {field.name: pa.types.is_string(field.type) for field in table.schema}

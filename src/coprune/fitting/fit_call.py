@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -59,6 +60,17 @@ _TIMES = 3
 """Factor by which the suggested budget exceeds one that was too short."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a fit is asked for, as in the arguments of `fit`."""
+
+    model: str | Path
+    task: str | Path | Sequence[str | Path]
+    require: str | None
+    output: str | Path
+    how: FitArguments
+
+
 def fit(
     model: str | Path,
     task: str | Path | Sequence[str | Path],
@@ -88,25 +100,31 @@ def fit(
         BadInput: the request cannot be fulfilled, there are too few items, the dense model is no better than chance, or the
             budget is too short.
     """
-    target, reporter, settings = expand_home(output), Reporter(quiet), settings_of(FitSettings, how)
-    asked, wish = _read(model, task, require, settings)
+    return run_fit(Request(model, task, require, output, how), quiet, time.monotonic())
+
+
+def run_fit(request: Request, quiet: bool, began: float) -> Fitted:
+    """Run a fit as `fit` does, with a budget that counts from `began` by `time.monotonic`."""
+    target, reporter, settings = expand_home(request.output), Reporter(quiet), settings_of(FitSettings, request.how)
+    asked, wish = _read(request, settings)
     require_own_folder(target)
     _require_apart(target, asked)
     asked = _with_template(asked, target, settings.converter, reporter)
     _require_same_model(asked)
     team = Team(settings.workers, target / WORK_FOLDER / "workers.log", settings.ray)
     try:
-        workshop = Workshop(target / WORK_FOLDER, asked, reporter)
+        workshop = Workshop(target / WORK_FOLDER, asked, reporter, began)
         with workshop.refusing():
             search = Search(workshop, wish, team)
             finding = search.run()
     finally:
         team.stop()
     fewer = search.tasks != asked.tasks  # than there are items
-    said = {"task": task, "require": require, "output": output, **how, "budget": _minutes(_TIMES * wish.budget)}
+    said = {"task": request.task, "require": request.require, "output": request.output, **request.how}
+    said["budget"] = _minutes(_TIMES * wish.budget)
     usual = FitSettings().model_dump()
     own = [Set(name, value) for name, value in said.items() if value is not None and usual.get(name) != value]
-    more = say(Command("fit", model, *own)) if finding.untried or (fewer and not finding.kept) else ""
+    more = say(Command("fit", request.model, *own)) if finding.untried or (fewer and not finding.kept) else ""
     return _leave(target, search, finding, more)
 
 
@@ -167,12 +185,14 @@ def _name(asked: Asked, chosen: Candidate) -> str:
     return f"model-{Path(chosen.title).stem if chosen.type == FOREIGN else chosen.type}.gguf"
 
 
-def _read(model: str | Path, task: Any, require: str | None, how: FitSettings) -> tuple[Asked, Wish]:
+def _read(request: Request, how: FitSettings) -> tuple[Asked, Wish]:
     """Read and check everything that needs no model."""
     look_at_settings(how)
     types = how.types if how.runtime == "llama.cpp" else (EXACT,)
-    tasks, conditions = wanted(_paths(task), require, how.seed, how.items, how.trust_tasks)
-    asked = Asked(model_of(str(model)), tasks, how.seed, how.text, how.like, how.runtime, how.candidate, how.step)
+    tasks, conditions = wanted(_paths(request.task), request.require, how.seed, how.items, how.trust_tasks)
+    asked = Asked(
+        model_of(str(request.model)), tasks, how.seed, how.text, how.like, how.runtime, how.candidate, how.step
+    )
     asked.check_steps()
     _require_template(asked, how.converter)
     return asked, Wish(conditions, how.target, how.budget, how.without, types)

@@ -67,10 +67,10 @@ class Done(BaseModel):
 class Making:
     """Maker of candidates in a fit's folder."""
 
-    def __init__(self, folder: Path, asked: Asked, reporter: Reporter) -> None:
-        """Create a maker for a folder. Files are made when they are first needed."""
+    def __init__(self, folder: Path, asked: Asked, reporter: Reporter, began: float | None = None) -> None:
+        """Create a maker for a folder. Files are made when they are first needed. began: as for a `Clock`."""
         self.folder, self.asked, self.reporter = folder, asked, reporter
-        self.clock, self.done = Clock(), Store(folder / "done")
+        self.clock, self.done = Clock(began), Store(folder / "done")
         self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
 
     @cached_property

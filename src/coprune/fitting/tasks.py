@@ -15,7 +15,7 @@ from typing import Any, Literal
 from coprune.base.environment import expand_home
 from coprune.base.errors import BadInput
 from coprune.base.patterns import require_pattern
-from coprune.data.local_text import local_text, looks_local, rows_of
+from coprune.data.local_text import holds_rows, local_text, looks_local, rows_of
 from coprune.fitting.doubles import clusters_of
 
 Kind = Literal["choice", "answer", "text", "prompts", "writing"]
@@ -122,8 +122,8 @@ def read_tasks(names: Sequence[str], seed: int = 0, most: int | None = None, tru
     """Read the items of tasks and split them so that near-duplicates are in the same half, across all tasks.
 
     Args:
-        names: .jsonl files, plain text, multiple-choice tasks of lm-eval, or definitions of such tasks (.yaml); optionally
-            with a share after a colon (`mine.jsonl:0.7`).
+        names: .jsonl or .csv files, plain text, multiple-choice tasks of lm-eval, or definitions of such tasks (.yaml);
+            optionally with a share after a colon (`mine.jsonl:0.7`).
         seed: of the halves.
         most: maximum number of items per task, sampled by the seed.
         trusted: whether a definition may run code.
@@ -169,7 +169,7 @@ def _different(name: str, trusted: bool) -> tuple[Item, ...]:
     path = expand_home(name)
     if not is_file(name):
         found = _of_harness(name, trusted)
-    elif path.suffix in (".jsonl", ".json") and path.exists():
+    elif holds_rows(path) and path.exists():
         found = _items(rows_of(path), name)
     else:
         found = _passages(local_text(name).text)

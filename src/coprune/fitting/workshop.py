@@ -64,10 +64,10 @@ class LossesNote(RootModel[dict[str, dict[str, tuple[int, float]]]]):
 class Workshop:
     """Makes and measures candidates in a fit's folder."""
 
-    def __init__(self, folder: Path, asked: Asked, reporter: Reporter) -> None:
-        """Open a fit's folder. Raises BadInput if it belongs to another fit."""
+    def __init__(self, folder: Path, asked: Asked, reporter: Reporter, began: float | None = None) -> None:
+        """Open a fit's folder. Raises BadInput if it belongs to another fit. began: as for a `Clock`."""
         self.folder, self.asked, self.reporter = folder, asked, reporter
-        self.store, self.making = Store.of_user(), Making(folder, asked, reporter)
+        self.store, self.making = Store.of_user(), Making(folder, asked, reporter, began)
         self.paces: dict[str, float] = {}
         """Seconds per item by the task's key, as measured in this process; the budget reads those of the dense model."""
         self._passing: dict[Candidate, Measured] = {}

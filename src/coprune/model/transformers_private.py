@@ -57,7 +57,7 @@ Processor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin
 """A tokenizer, an image processor, or a processor of speech and text."""
 NAME_IN_CONFIG = "_name_or_path"
 """Configuration key of the model's origin."""
-OWN_LAYERS = {"use_kernels": False}
+OWN_LAYERS: dict[str, Any] = {"use_kernels": False}
 """Options of `from_pretrained` for the model's own layers: from 5.25 on, its default is compiled ones from the Hub."""
 in_natural_order = dot_natural_key
 """A sort key for tensor names that puts the tenth expert after the ninth."""
