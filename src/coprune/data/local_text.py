@@ -27,7 +27,7 @@ from coprune.data.text import LOCAL_FILE_HINT, JoinedText, choose_text_column, j
 _LOOKED_AT = 1 << 16
 _ANY_SIZE, _MOST_TIMES = 200_000_000, 100  # text compresses to a third or a fifth, repetitive tables to less
 _ROWS = 256
-ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_WITH_ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Endings of files with rows, which may be gzipped."""
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair; whole pairs match, too
 
@@ -137,11 +137,11 @@ def _read(file: Path, column: str | None) -> list[str]:
 def rows_of(file: Path) -> list[Any]:
     """Return all rows of a .json, .jsonl, .csv, .tsv or .parquet file. Raises BadInput for another ending, or a damaged file."""
     ending = _ending(file).removesuffix(".gz")
-    if ending not in ROWS:
+    if not holds_rows(file):
         raise BadInput(f"{file} has no rows", fix="Rows are read from .jsonl, .json, .csv, .tsv and .parquet files")
     try:
         if ending in (".csv", ".tsv"):
-            return _rows_of_table(_content(file), "," if ending == ".csv" else "\t")
+            return _rows_of_table(_content(file), _delimiter(file))
         if ending == ".jsonl":
             return _rows_of_lines(_content(file))
         if ending == ".json":
@@ -156,7 +156,7 @@ def rows_of(file: Path) -> list[Any]:
 
 def holds_rows(file: Path) -> bool:
     """Return whether a file's ending is that of rows with columns."""
-    return _ending(file).removesuffix(".gz") in ROWS
+    return _ending(file).removesuffix(".gz") in _WITH_ROWS
 
 
 def _most_bytes(file: Path) -> int:
@@ -214,6 +214,10 @@ def _rows_of_lines(content: str) -> list[Any]:
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
     return rows
+
+
+def _delimiter(file: Path) -> str:
+    return "\t" if _ending(file).startswith(".tsv") else ","
 
 
 def _rows_of_table(content: str, between: str) -> list[Any]:
@@ -297,8 +301,7 @@ def _read_csv(file: Path, column: str | None) -> list[str]:
     import pyarrow as pa
     from pyarrow import csv as tables
 
-    between = "\t" if ".tsv" in file.suffixes else ","
-    parsing = tables.ParseOptions(delimiter=between, newlines_in_values=True)
+    parsing = tables.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True)
     try:
         table = tables.read_csv(pa.BufferReader(_content(file).encode()), parse_options=parsing)
     except pa.ArrowException as error:

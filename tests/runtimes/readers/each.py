@@ -28,7 +28,7 @@ def pooled(folder: str, hidden: Any) -> dict[int, float]:
     return dict(enumerate((vector / vector.norm()).tolist()))
 
 
-def each(reads: dict[str, Read], version: str, job: dict[str, Any]) -> None:
+def each(reads: dict[str, Read], version: str, job: dict[str, Any], after_errors: bool = True) -> None:
     """Read the folders of a job; an error is recorded as the answer.
 
     Args:
@@ -36,6 +36,7 @@ def each(reads: dict[str, Read], version: str, job: dict[str, Any]) -> None:
             continuation, or the components of an embedding.
         version: the runtime's version.
         job: the folders, each with its kind and the context, and the number of tokens to generate.
+        after_errors: whether the process can still read folders after an error; else it ends, and the caller starts a new one.
     """
     # Runtimes print to standard output, also from other processes.
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
@@ -51,3 +52,5 @@ def each(reads: dict[str, Read], version: str, job: dict[str, Any]) -> None:
         found |= {"folder": folder, "version": version, "seconds": round(time.monotonic() - began, 1)}
         lines.write(json.dumps(found) + "\n")
         lines.flush()
+        if "error" in found and not after_errors:
+            return
