@@ -98,18 +98,19 @@ def test_the_rows_of_a_table_are_items(tmp_path: Path) -> None:
         read_task(str(tmp_path / "tickets.csv"))
 
 
+def _definition(place: Path, name: str, kind: str = "multiple_choice") -> str:
+    items = [{"q": f"what is {number}?", "c": ["a", "b"], "right": number % 2} for number in range(20)]
+    (file := place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return (
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\ntest_split: test\n"
+        f'output_type: {kind}\ndoc_to_text: "Q: {{{{q}}}}\\nA:"\ndoc_to_choice: "{{{{c}}}}"\ndoc_to_target: right\n'
+    )
+
+
 def test_a_task_of_lm_eval_may_have_a_share(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    items = [{"q": f"what is {number}?", "c": ["a", "b"], "right": number % 2} for number in range(20)]
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    definition = (
-        "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\ntest_split: test\n"
-        'output_type: {kind}\ndoc_to_text: "Q: {{{{q}}}}\\nA:"\ndoc_to_choice: "{{{{c}}}}"\ndoc_to_target: right\n'
-    )
     for name, kind in (("own", "multiple_choice"), ("writes", "generate_until")):
-        (tmp_path / f"{name}.yaml").write_text(
-            definition.format(file=tmp_path / "items.jsonl", kind=kind).replace("own", name)
-        )
+        (tmp_path / f"{name}.yaml").write_text(_definition(tmp_path, name, kind))
     task = read_task(f"{tmp_path}/own.yaml:0.25")
     assert (task.kind, task.share, len(task.items)) == ("choice", 0.25, 20)
     assert Item("Q: what is 3?\nA:", ("a", "b"), "b") in task.items
@@ -117,6 +118,16 @@ def test_a_task_of_lm_eval_may_have_a_share(tmp_path: Path) -> None:
         read_task(str(tmp_path / "writes.yaml"))
     with pytest.raises(BadInput, match="share of 0"):
         read_task("own.jsonl:0")
+
+
+def test_a_definition_is_taken_from_its_file_whatever_its_task_is_called(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "arc_easy.yaml").write_text(_definition(tmp_path, "own"))
+    (tmp_path / "other.yaml").write_text(_definition(tmp_path, "arc_easy").replace("Q: ", "other: "))
+    task = read_task(str(tmp_path / "arc_easy.yaml"))
+    assert Item("Q: what is 3?\nA:", ("a", "b"), "b") in task.items
+    with pytest.raises(BadInput, match=r"missing\.yaml does not exist"):
+        read_task(str(tmp_path / "missing.yaml"))
 
 
 def test_texts_are_selected_by_share_up_to_their_number() -> None:

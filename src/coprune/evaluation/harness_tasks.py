@@ -84,7 +84,7 @@ def _in_use(names: Sequence[str], manager: Any) -> set[Path] | None:
     """Return the definition files of tasks; None (all) if a name is a group or tag, whose members may be anywhere."""
     found = set[Path]()
     for name in names:
-        entry = manager.task_index.get(name)
+        entry = _entry(name, manager)
         if entry is not None and (entry.kind.name not in ("TASK", "PY_TASK") or entry.yaml_path is None):
             return None
         found.add((expand_home(name) if entry is None else entry.yaml_path).resolve())
@@ -119,7 +119,8 @@ def _manager(settings: ZeroShotSettings) -> Any:
         if settings.include_path is None:
             return _upstream_tasks()
         own = TaskManager(include_path=str(settings.include_path), include_defaults=False)
-        if all(name in own.task_index and own.task_index[name].kind.name == "TASK" for name in settings.tasks):
+        entries = [_entry(name, own) for name in settings.tasks]
+        if all(entry is not None and entry.kind.name == "TASK" for entry in entries):
             return own
         return TaskManager(include_path=str(settings.include_path))
 
@@ -130,6 +131,14 @@ def _upstream_tasks() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+def _entry(name: str, manager: Any) -> Any | None:
+    """Return what a manager knows of a task, by its name or the path of its definition."""
+    if name in manager.task_index:
+        return manager.task_index[name]
+    path = expand_home(name).resolve()
+    return next((one for one in manager.task_index.values() if one.yaml_path and one.yaml_path.resolve() == path), None)
 
 
 def _require_known(name: str, manager: Any) -> None:
@@ -143,7 +152,7 @@ def _require_known(name: str, manager: Any) -> None:
 
 def _require_data(name: str, manager: Any) -> None:
     """Check once that a task's dataset is on the Hub; the harness itself would retry for half a minute."""
-    definition = getattr(manager.task_index.get(name), "cfg", None) or {}
+    definition = getattr(_entry(name, manager), "cfg", None) or {}
     dataset = definition.get("dataset_path")
     local = definition.get("custom_dataset") is not None or dataset in _FILE_BUILDERS
     if dataset is None or local or Path(dataset).exists():

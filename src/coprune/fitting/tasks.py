@@ -221,8 +221,11 @@ def _of_harness(name: str, trusted: bool) -> list[Item]:
     from coprune.evaluation.zero_shot import ZeroShotSettings
 
     path = expand_home(name)
-    folder = path.parent if path.suffix in _DEFINITIONS else None
-    settings = ZeroShotSettings((name if folder is None else path.stem,), include_path=folder, trusted=trusted)
+    if (defined := path.suffix in _DEFINITIONS) and not path.is_file():
+        raise _wrong(name, "does not exist", "check the path")
+    settings = ZeroShotSettings(
+        (str(path) if defined else name,), include_path=path.parent if defined else None, trusted=trusted
+    )
     try:
         known = find_tasks(settings)
     except BadInput as error:
