@@ -63,6 +63,7 @@ WAYS: dict[str, dict[str, Any]] = PARTS | {
     "balanced, uniform sparsity": {**_WHOLE, "allocation": "uniform"},
     "alps+owl": {"method": "alps", "allocation": "owl", "propagation": "sequential"},
     "sparsegpt+distill": {"method": "sparsegpt", **_TRAINED},
+    "alps+distill": {"method": "alps", **_TRAINED},
     "wanda+lora": {"method": "wanda", "finetune": "lora"},
 }
 """Beside methods and presets: ways that published tables have, and parts of our own. `uniform sparsity` is not for N:M."""
