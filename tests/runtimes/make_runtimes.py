@@ -161,9 +161,9 @@ def _row(one: Tried, runtime: str, answer: dict[str, Any], own: dict[str, Any]) 
     """Compare a runtime's answer with that of transformers."""
     version = answer.get("version", "")
     if "error" in own:
-        return Row(one.model, one.part, runtime, version, None, f"transformers: {_short(own['error'])}")
+        return Row(one.model, one.part, runtime, version, None, f"transformers: {_short(own['error'], one.folder)}")
     if "error" in answer:
-        return Row(one.model, one.part, runtime, version, None, _short(answer["error"]))
+        return Row(one.model, one.part, runtime, version, None, _short(answer["error"], one.folder))
     differences = [abs(value - own["values"][key]) for key, value in answer["values"].items()]
     difference = max(differences) if all(map(math.isfinite, differences)) else math.inf
     reason = ""
@@ -174,8 +174,9 @@ def _row(one: Tried, runtime: str, answer: dict[str, Any], own: dict[str, Any]) 
     return Row(one.model, one.part, runtime, version, difference, reason)
 
 
-def _short(error: str) -> str:
-    """Return an error in whole words; a list of names is given by its first, without their count."""
+def _short(error: str, folder: Path) -> str:
+    """Return an error in whole words, without the folder; a list of names is given by its first, without their count."""
+    error = error.replace(str(folder), "…")
     names = re.compile(r"(?:\d+ )?([^:\d]*:\s+[\w.]+)(?:,\s+[\w.]+)+\.?")
     return textwrap.shorten(names.sub(r"\1, …", error), 250, placeholder=" …")
 

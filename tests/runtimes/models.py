@@ -29,7 +29,7 @@ from support.quantised import Format, compressed, fp8_channel, int4, quantise
 
 TOKENS, PROMPT = 24, "The capital of France is Paris, and that of Italy is"
 _SHAPE: dict[str, Any] = dict(
-    vocab_size=256,
+    vocab_size=448,  # no other width: ONNX Runtime's builder tells the head by it
     hidden_size=256,
     intermediate_size=512,
     num_hidden_layers=4,
@@ -50,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": dict(_WINDOWS, head_dim=64, tie_word_embeddings=True),
     "gemma3_text": dict(_WINDOWS, head_dim=64, sliding_window_pattern=2, tie_word_embeddings=True),
     "mistral": dict(sliding_window=None),
-    "phi3": {},
+    "phi3": dict(original_max_position_embeddings=256),
     "granite": {},
     "olmo2": {},
     "olmo3": _WINDOWS,
