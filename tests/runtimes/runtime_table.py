@@ -25,12 +25,12 @@ models, on a CPU.
 - –: coprune removes no such part of this model, or it was not tried.
 
 `-fp8` and `-int4` are formats of compressed-tensors, from which [parts are removed as they are](quantised.md). In FP8 vLLM rounds
-the inputs of every layer as well, as the configuration asks; its kernels for experts in these formats need AMX, which this
-processor lacks. Differences up to 0.02 count as the same in these formats, with which vLLM computes in float16, and in real
-models in bfloat16, since mlx-lm rounds Gemma's scale of embeddings to it.
+the inputs of every layer as well, as the configuration asks. Its CPU kernels take experts in FP8 only with scales by blocks of
+128 × 128, and in INT4 not with groups of 32. Differences up to 0.02 count as the same in these formats, with which vLLM computes
+in float16, and in real models in bfloat16, since mlx-lm rounds Gemma's scale of embeddings to it.
 
-Contexts here are longer than the sliding windows. mlx-lm gives gemma2 none. It takes the layers of gemma3_text, and vLLM those of
-gpt_oss, to slide in a fixed order, which no longer holds without a block.
+Contexts here are longer than the sliding windows. mlx-lm gives gemma2 none. It takes the layers of gemma3_text, and vLLM and
+ONNX Runtime those of gpt_oss, to slide in a fixed order, which no longer holds without a block.
 
 `make runtimes` makes an environment for each of them, since each pins its own torch, and writes this page ({size});
 `make_runtimes.py --model gemma-3-270m=gemma.gguf` adds a real model. `coprune prune` says before it removes a part which of these
