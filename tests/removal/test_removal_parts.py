@@ -14,6 +14,7 @@ from coprune.base.errors import BadInput, UnsupportedModel
 from coprune.base.progress import Reporter
 from coprune.recipe.recipe import make_recipe
 from coprune.removal import rehearsal, removal_plan, smaller_model
+from coprune.removal.rehearsal import alike
 from coprune.removal.smaller_model import Resized, possible_changes
 from coprune.report.run_events import OfMatrix
 from coprune.run.phase_events import Phase
@@ -141,6 +142,11 @@ def test_removal_by_magnitude_leaves_other_tensors_unchanged(tmp_path: Path) -> 
         assert torch.equal(small.state_dict()[down], before[down][:, kept])
         assert torch.equal(small.state_dict()[up], before[up][kept])
         assert torch.equal(small.state_dict()[gate], before[gate][kept])
+
+
+def test_logits_in_float32_that_are_hundredths_apart_refuse_a_cut() -> None:
+    logits, noise = torch.randn(2, 1, 50, 300, generator=torch.Generator().manual_seed(0))
+    assert not alike(logits + 0.04 * noise, logits)
 
 
 @pytest.mark.parametrize("remove", ["heads=0.5", "channels=0.4"])
