@@ -161,6 +161,16 @@ def test_rounding_that_grows_over_many_blocks_refuses_no_cut(remove: str) -> Non
     assert smaller.num_parameters() < before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_configuration_that_only_fits_the_shapes_is_refused(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four heads of 16 leave the shapes of four heads of 8."""
+    monkeypatch.setattr(rehearsal, "possible_changes", lambda *_: [{"head_dim": 8}])
+    with pytest.raises(UnsupportedModel, match="computes other outputs"):
+        coprune.prune(pico_model("llama").to(dtype), remove="heads=0.5", **SETTINGS)
+
+
 def test_blocks_of_least_influence_are_removed() -> None:
     model = pico_model("llama")
     influence: dict[int, float] = {}
