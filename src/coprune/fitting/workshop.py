@@ -326,7 +326,7 @@ class Workshop:
         if not count:
             self.reporter.say("Calibrating on the seen items only: the budget leaves no time to generate text")
             return []
-        self.reporter.say(f"The dense model writes {count} texts for calibration")
+        self.reporter.say(f"The dense model writes {'a text' if count == 1 else f'{count} texts'} for calibration")
         reader = self.making.reader(self.making.file(Candidate(DENSE, EXACT)), DENSE)
         found = own_texts(reader, count, self.asked.seed, self.reporter)
         reader.engine.close()
