@@ -228,8 +228,13 @@ def test_a_large_quantised_model_is_bounded_from_its_configuration(
     config.save_pretrained(tmp_path)
     asked: dict[str, Any] = {"nsamples": 4, "seqlen": 512, "quiet": True}
     whole, streamed = (coprune.estimate(tmp_path, "wanda", stream=stream, **asked) for stream in (False, True))
-    assert weights < whole.peak_bytes < 1.2 * weights
-    assert block < streamed.peak_bytes < 4 * block
+    assert weights < _added(whole) < 1.2 * weights
+    assert block < _added(streamed) < 4 * block
     # Removing experts keeps the others encoded: one layer is in memory as stored, and one expert decoded.
     cut = coprune.estimate(tmp_path, remove="experts=0.25", stream=True, **asked)
-    assert outside + codes < cut.peak_bytes < 1.25 * (outside + codes) + 1.2e9
+    assert outside + codes < _added(cut) < 1.25 * (outside + codes) + 1e9
+
+
+def _added(estimate: Estimate) -> float:
+    """Return the bound without what this process already holds, which depends on the tests before."""
+    return estimate.peak_bytes - estimate.resident_bytes

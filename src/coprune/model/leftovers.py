@@ -63,7 +63,9 @@ def _why_no_matrix(module: nn.Module, parameter: nn.Parameter) -> str:
     return "a vector" if sum(length > 1 for length in parameter.shape) < 2 else f"{parameter.ndim} dimensions"
 
 
-def routers_of(block: Block, matrices: Sequence[Matrix], parameters: Sequence[LargeParameter]) -> set[str]:
+def routers_of(
+    block: Block, matrices: Sequence[Matrix], parameters: Sequence[LargeParameter], ranked: Collection[int] = ()
+) -> set[str]:
     """Return the names of a block's routers: modules with one output per expert, or per token, beside the experts.
 
     A router is a layer beside the experts, or the last layer of a module beside them. So neither attention nor a shared
@@ -73,17 +75,22 @@ def routers_of(block: Block, matrices: Sequence[Matrix], parameters: Sequence[La
         block: the block.
         matrices: its matrices. Experts are slices of one parameter, or layers of the modules of a list.
         parameters: all its large parameters.
+        ranked: the numbers of values among which its forward took the largest. A router may have more outputs than there are
+            experts: some stand for experts that do nothing.
     """
     outputs = {p.name: p.shape[0] for p in parameters if len(p.shape) == 2}
     outputs |= {matrix.name: matrix.shape[0] for matrix in matrices if matrix.expert is None}
     routers = set()
     lists = tuple(f"{place}." for place in lists_of(block))
+    widths = {
+        m.shape[0] for m in matrices if m.expert is not None or m.name.startswith(lists)
+    }  # a shared expert's, too
     for place, experts in _mixtures(block, matrices).items():
         last: dict[str, str] = {}
         for name in outputs:
             if name.startswith(f"{place}.") and not name.startswith(lists):
                 last[name.removeprefix(f"{place}.").partition(".")[0]] = name
-        routers |= {name for name in last.values() if outputs[name] in {*experts, 1}}
+        routers |= {name for name in last.values() if outputs[name] in {*experts, 1, *set(ranked) - widths}}
     return routers
 
 

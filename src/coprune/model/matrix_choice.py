@@ -39,6 +39,8 @@ class Evidence:
     """Multiplied along their outputs."""
     touched: frozenset[str] = frozenset()
     """Used in any operation at all."""
+    ranked: frozenset[int] = frozenset()
+    """Numbers of values among which the largest were taken."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def choose_matrices(
     outside = [matrix for matrix in rest if selection.spells_out(matrix.name)]
     _refuse_tied_head(model, outside, selection)
     shared = _shared(model, blocks)
-    return _chosen(Chosen([], outside, [], candidates, selection, shared), blocks, [{} for _ in blocks])
+    return _chosen(Chosen([], outside, [], candidates, selection, shared), blocks, [({}, ()) for _ in blocks])
 
 
 def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence]) -> Chosen:
@@ -145,8 +147,8 @@ def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence
     """
     if not any(chosen.candidates):
         return chosen
-    dropped = [_no_matrices(own, seen) for own, seen in zip(chosen.candidates, evidence, strict=True)]
-    confirmed = _chosen(chosen, blocks, dropped)
+    shown = [(_no_matrices(own, seen), seen.ranked) for own, seen in zip(chosen.candidates, evidence, strict=True)]
+    confirmed = _chosen(chosen, blocks, shown)
     for matrices, seen in zip(confirmed.blocks, evidence, strict=True):
         for matrix in matrices:
             if matrix.name in seen.backwards:
@@ -154,14 +156,19 @@ def confirm(chosen: Chosen, blocks: Sequence[Block], evidence: Sequence[Evidence
     return confirmed
 
 
-def _chosen(chosen: Chosen, blocks: Sequence[Block], dropped: Sequence[Mapping[str, str]]) -> Chosen:
-    """Choose among the candidates. dropped: for every block, those that are not matrices, by name with the reason."""
+def _chosen(
+    chosen: Chosen, blocks: Sequence[Block], shown: Sequence[tuple[Mapping[str, str], Collection[int]]]
+) -> Chosen:
+    """Choose among the candidates.
+
+    shown: for every block, those that are not matrices, by name with the reason; and `ranked`, as in `routers_of`.
+    """
     selection, reasons, others = chosen.selection, dict[str, str](), list[list[tuple[str, str]]]()
     parts: list[tuple[Block, set[str], set[str]]] = []
-    for block, candidates, no_matrices in zip(blocks, chosen.candidates, dropped, strict=True):
+    for block, candidates, (no_matrices, ranked) in zip(blocks, chosen.candidates, shown, strict=True):
         matrices = [matrix for matrix in candidates if matrix.name not in no_matrices]
         parameters = large_parameters(block)
-        routers = routers_of(block, matrices, parameters)
+        routers = routers_of(block, matrices, parameters, ranked)
         reasons |= no_matrices
         for matrix in matrices:
             against = selection.against(matrix.name)

@@ -151,11 +151,13 @@ class Observe(TorchFunctionMode):
 
 
 class Touches(TorchFunctionMode):
-    """While active, records the `names` of matrices that take part in any operation."""
+    """While active, records the `names` of matrices that take part in any operation, and what top-k chooses among."""
 
     def __init__(self, matrices: Iterable[Matrix]) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.ranked: set[int] = set()
+        """Lengths of the last dimension of the values."""
         self._tracked = {_address(getattr(m.owner, m.attribute)): m.name for m in matrices if m.expert is None}
 
     def __torch_function__(
@@ -164,6 +166,8 @@ class Touches(TorchFunctionMode):
         if not _asks_only(func):
             addresses = {_address(value) for value in _operands(args, kwargs) if isinstance(value, Tensor)}
             self.names |= {self._tracked[address] for address in addresses & self._tracked.keys()}
+        if func in (torch.topk, Tensor.topk):
+            self.ranked.add(_operands(args, kwargs)[0].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -207,6 +211,8 @@ class Products:
     """Multiplied along their outputs."""
     touched: set[str] = field(default_factory=set)
     """Names of those (except experts) that took part in any operation."""
+    ranked: set[int] = field(default_factory=set)
+    """Numbers of values among which top-k chose."""
 
 
 def observe_products(matrices: Sequence[Matrix], run: Callable[[], Result]) -> tuple[Result, Products]:
@@ -233,7 +239,7 @@ def observe_products(matrices: Sequence[Matrix], run: Callable[[], Result]) -> t
     touches, observe = Touches(matrices), Observe(matrices, on_product, products.backwards.append)
     with touches, observe:
         result = run()
-    products.touched = touches.names
+    products.touched, products.ranked = touches.names, touches.ranked
     products.unseen = [matrix for matrix in matrices if matrix.name not in seen]
     return result, products
 

@@ -438,7 +438,8 @@ def _depends(block: Block) -> UnsupportedModel:
 
 def _evidence(seen: Products) -> Evidence:
     multiplied = frozenset(matrix.name for group in seen.groups for matrix in group)
-    return Evidence(multiplied, frozenset(matrix.name for matrix in seen.backwards), frozenset(seen.touched))
+    backwards = frozenset(matrix.name for matrix in seen.backwards)
+    return Evidence(multiplied, backwards, frozenset(seen.touched), frozenset(seen.ranked))
 
 
 def _groups(seen: Products, chosen: Sequence[Matrix]) -> list[list[Matrix]]:
