@@ -168,7 +168,7 @@ def test_a_configuration_that_only_fits_the_shapes_is_refused(
     """Two of four heads of 16 leave the shapes of four heads of 8."""
     monkeypatch.setattr(rehearsal, "possible_changes", lambda *_: [{"head_dim": 8}])
     with pytest.raises(UnsupportedModel, match="computes other outputs"):
-        coprune.prune(pico_model("llama").to(dtype), remove="heads=0.5", **SETTINGS)
+        coprune.prune(pico_model("llama", dtype=dtype), remove="heads=0.5", **SETTINGS)
 
 
 def test_blocks_of_least_influence_are_removed() -> None:
